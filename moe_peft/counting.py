@@ -1,0 +1,72 @@
+"""Counts parameters of a method on a backbone on the meta device: no download, no memory."""
+
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from moe_peft import backbones, embedders
+from moe_peft.data.tasks import TaskSpec
+from moe_peft.methods import lora, trex
+from moe_peft.methods.base import MultitaskModule
+
+# Imported so that their classes are known to the configuration by bare name.
+NAMED = (backbones, embedders, lora, trex)
+
+
+PARTS = ("base", "trainable", "factors", "router", "gates", "prior", "heads")
+
+
+def model_parser() -> ArgumentParser:
+    """Returns a parser of the `model` section alone; `trainer` and `data` sections are read and ignored."""
+    parser = ArgumentParser(description=__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_subclass_arguments(MultitaskModule, "model", skip={"tasks"}, required=True)
+    for section in ("trainer", "data", "checkpoint", "results", "seed_everything"):
+        parser.add_argument(f"--{section}", type=Any)
+    return parser
+
+
+def build_on_meta(config: Namespace, tasks: int) -> MultitaskModule:
+    """Builds the configured method without weights.
+
+    Args:
+        config: a parsed configuration.
+        tasks: number of placeholder tasks (two classes each).
+    """
+    parser = model_parser()
+    specs = [TaskSpec(f"task{i}", "classification", "accuracy", "{text}", ("no", "yes")) for i in range(tasks)]
+    config.model.init_args["tasks"] = specs
+    with torch.device("meta"):
+        module = parser.instantiate_classes(config)["model"]
+        module.configure_model()
+    return module
+
+
+def count_parameters(module: MultitaskModule) -> dict[str, Any]:
+    """Counts a built module's parameters.
+
+    Returns:
+        base, trainable, percent (trainable of base), and trainable counts per part: factors, router, gates, prior
+        (its trainable projections), heads.
+    """
+    counts: dict[str, int] = dict.fromkeys(PARTS, 0)
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            counts["base"] += parameter.numel()
+            continue
+        counts["trainable"] += parameter.numel()
+        counts[part_of(module, name)] += parameter.numel()
+    return counts | {"percent": round(100 * counts["trainable"] / counts["base"], 4)}
+
+
+def part_of(module: MultitaskModule, name: str) -> str:
+    """Names the part a trainable parameter belongs to."""
+    if ".factors." in name:
+        return "factors"
+    if name.startswith("heads."):
+        return "heads"
+    owner, _, leaf = name.rpartition(".")
+    if leaf in getattr(module.get_submodule(owner), "gate_names", ()):
+        return "gates"
+    return "prior" if leaf == "projection" or name.startswith("prior.") else "router"

@@ -1,0 +1,1 @@
+"""Tasks, their encoding, and how they are mixed into batches."""

@@ -1,0 +1,227 @@
+"""A task out of a `datasets` data set, saved to disk or on the hub, by a mapping of its columns."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from moe_peft.data.sources import TaskSource
+from moe_peft.data.splits import cut, drop_repeats, stable_seed
+from moe_peft.data.tasks import SPLITS, Kind, Row, Split, TaskSpec
+
+_COLUMNS = ("id", "text", "text_pair", "keyword", "choices", "choice_keys", "label", "target", "value", "group")
+
+
+class DatasetsTask(TaskSource):
+    """A `datasets` data set with a column mapping.
+
+    Splits that the data set lacks are cut from the first one it has (by group, fixed seed), and `note` then says so.
+    Examples that occur in two splits are kept in test before validation before train.
+
+    Args:
+        path: A folder written by `save_to_disk`, or a hub id.
+        name: The task's name.
+        kind: classification, multiple_choice, regression or generation.
+        columns: Maps a field to a column of the data set (`a.b` reaches into a struct). Fields: id, text, text_pair,
+            keyword, choices (a list of texts), choice_keys (the names that labels use, such as A, B), label (index,
+            key, or one of the choices), target, value, group (rows of one group stay in one split).
+        template: The prompt, with fields in braces.
+        metric: The metric; "accuracy" where not given.
+        config: The hub data set's configuration.
+        splits: Maps train, validation and test to the data set's split names; the same names where not given.
+        choices: Label names of a classification task; from the data set's own label feature where not given.
+        choice_columns: The columns that hold the options one by one, in place of `columns.choices`.
+        label_offset: What the first option's label is, for labels that count from 1.
+        shuffle_choices: Puts each row's options in a fixed random order (for sets that list the right one first).
+        validation_fraction: Share for validation where splits are cut.
+        test_fraction: Share for test where splits are cut.
+        train_rows: At most so many training rows (a fixed random subset).
+        validation_rows: The same for validation.
+        test_rows: The same for test.
+        max_words: Leaves out rows with more words in prompt and longest option together.
+        equal_options: What becomes of a row with two equal options: an error, or the row is left out.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str,
+        kind: Kind,
+        columns: dict[str, str],
+        template: str,
+        metric: str = "accuracy",
+        config: str | None = None,
+        splits: dict[str, str] | None = None,
+        choices: list[str] | None = None,
+        choice_columns: list[str] | None = None,
+        label_offset: int = 0,
+        shuffle_choices: bool = False,
+        validation_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        train_rows: int | None = None,
+        validation_rows: int | None = None,
+        test_rows: int | None = None,
+        max_words: int | None = None,
+        equal_options: Literal["error", "drop"] = "error",
+    ) -> None:
+        super().__init__(train_rows, validation_rows, test_rows, max_words, template, metric, equal_options)
+        for field in columns:
+            if field not in _COLUMNS:
+                raise ValueError(f"task '{name}': columns names the field '{field}'; use {', '.join(_COLUMNS)}.")
+        for split in splits or {}:
+            if split not in SPLITS:
+                raise ValueError(f"task '{name}': splits names '{split}'; use {', '.join(SPLITS)}.")
+        if min(validation_fraction, test_fraction) <= 0 or validation_fraction + test_fraction >= 1:
+            raise ValueError(
+                f"task '{name}': validation_fraction={validation_fraction} and test_fraction={test_fraction} "
+                "leave a split empty; both must be above 0 and their sum below 1."
+            )
+        self.kind: Kind = kind
+        self.path, self.name, self.config = path, name, config
+        self.columns, self.splits = columns, splits or {split: split for split in SPLITS}
+        self.choices, self.choice_columns = choices, choice_columns
+        self.label_offset, self.shuffle_choices = label_offset, shuffle_choices
+        self.fractions: dict[Split, float] = {
+            "train": 1 - validation_fraction - test_fraction,
+            "validation": validation_fraction,
+            "test": test_fraction,
+        }
+        self._loaded: Mapping[str, Any] | None = None
+        self._cut: dict[Split, list[Row]] | None = None
+
+    @property
+    def note(self) -> str:
+        """Says from which split the missing ones were cut."""
+        present = [split for split in SPLITS if self.splits.get(split) in self._data()]
+        source = "dev" if present[:1] == ["validation"] else "".join(present[:1])
+        return "" if len(present) == len(SPLITS) else f"cut from {source}"
+
+    def _read_spec(self) -> TaskSpec:
+        choices = tuple(self._label_names()) if self.kind == "classification" else ()
+        return TaskSpec(self.name, self.kind, self._metric or "accuracy", self._template or "", choices)
+
+    def _read_rows(self, split: Split) -> list[Row]:
+        if self._cut is None:
+            self._cut = self._all_rows()
+        return self._cut[split]
+
+    def _data(self) -> Mapping[str, Any]:
+        """Loads the data set: its splits by their own names."""
+        if self._loaded is None:
+            self._loaded = load(self.path, self.config, self.name)
+            if not any(self.splits.get(split) in self._loaded for split in SPLITS):
+                raise ValueError(
+                    f"task '{self.name}': '{self.path}' has the splits {', '.join(self._loaded)}; "
+                    "map train, validation and test to them with the argument splits."
+                )
+        return self._loaded
+
+    def _label_names(self) -> list[str]:
+        if self.choices:
+            return self.choices
+        column = next(iter(self._data().values())).features.get(self.columns.get("label", "label"))
+        if not getattr(column, "names", None):
+            raise ValueError(f"task '{self.name}': '{self.path}' has no label names; give the argument choices.")
+        return list(column.names)
+
+    def _all_rows(self) -> dict[Split, list[Row]]:
+        data = self._data()
+        found: dict[Split, list[Row]] = {}
+        for split in SPLITS:
+            if self.splits.get(split) in data:
+                raw = enumerate(data[self.splits[split]])
+                found[split] = [self._row(record, f"{self.name}-{self.splits[split]}-{i}") for i, record in raw]
+        found = drop_repeats(found, options_in_key=self.kind == "multiple_choice")
+        if len(found) == len(SPLITS):
+            return found
+        donor = next(iter(found))
+        missing: dict[Split, float] = {
+            split: share for split, share in self.fractions.items() if split == donor or split not in found
+        }
+        groups = [row.get("group") or row["id"] for row in found[donor]]
+        return {**found, **cut(found[donor], groups, missing, seed=stable_seed(self.name))}
+
+    def _row(self, record: dict[str, Any], default_id: str) -> Row:
+        row: Row = {field: _reach(record, path, self.name) for field, path in self.columns.items()}
+        row["id"] = str(row.get("id") or default_id)
+        for field in ("text", "text_pair", "keyword", "target"):
+            if isinstance(row.get(field), str):
+                row[field] = row[field].strip()
+        if row.get("group") is not None:
+            row["group"] = str(row["group"])
+        if self.kind in ("classification", "multiple_choice"):
+            self._fill_choices(row, record)
+        row.pop("choice_keys", None)
+        return row
+
+    def _fill_choices(self, row: Row, record: dict[str, Any]) -> None:
+        if self.kind == "classification":
+            row["choices"] = list(self.spec().choices)
+        elif self.choice_columns:
+            row["choices"] = [_reach(record, column, self.name) for column in self.choice_columns]
+        row["choices"] = [str(choice).strip() for choice in row.get("choices") or []]
+        row["label"] = self._label(row)
+        if self.shuffle_choices:
+            order = np.random.default_rng(stable_seed(self.name, row["text"])).permutation(len(row["choices"]))
+            row["choices"] = [row["choices"][index] for index in order]
+            row["label"] = int(np.flatnonzero(order == row["label"])[0])
+        row["target"] = row["choices"][row["label"]]
+
+    def _label(self, row: Row) -> int:
+        value: Any = row.get("label", row.get("target"))
+        keys = [str(key) for key in row.get("choice_keys") or []]
+        if isinstance(value, str) and value in keys:
+            return keys.index(value)
+        if isinstance(value, str) and value.strip() in row["choices"]:
+            return row["choices"].index(value.strip())
+        try:
+            label = int(value) - self.label_offset
+        except (TypeError, ValueError):
+            label = -1
+        if not 0 <= label < len(row["choices"]):
+            raise ValueError(
+                f"task '{self.name}', row '{row['id']}': label {value!r} is outside its choices {row['choices']}; "
+                "correct columns, choices or label_offset, or leave unlabelled splits out of splits."
+            )
+        return label
+
+
+def load(path: str, config: str | None, name: str) -> Mapping[str, Any]:
+    """Loads a data set from a folder or from the hub.
+
+    Args:
+        path: A folder written by `save_to_disk` (one split or several), or a hub id.
+        config: The hub data set's configuration.
+        name: The task's name, for the message.
+
+    Returns:
+        The splits by name; a folder with one split has the folder's name for it.
+
+    Raises:
+        ValueError: Neither a readable folder nor a data set that the hub gives now.
+    """
+    import datasets
+
+    folder = Path(path).expanduser()
+    try:
+        if folder.is_dir() and ((folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()):
+            found = datasets.load_from_disk(str(folder))
+        else:
+            found = datasets.load_dataset(path, config)
+    except Exception as error:  # the hub's client raises a dozen unrelated types, offline ones among them
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"task '{name}': cannot load '{path}' ({reason}); give a folder written by save_to_disk, or go online once."
+        ) from None
+    return {folder.name: found} if isinstance(found, datasets.Dataset) else {str(key): found[key] for key in found}
+
+
+def _reach(record: dict[str, Any], path: str, name: str) -> Any:
+    """Follows `a.b` into a record: a column's values have any type."""
+    value: Any = record
+    for part in path.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise ValueError(f"task '{name}': there is no column '{path}'; it has {', '.join(record)}.")
+        value = value[part]
+    return value

@@ -1,0 +1,232 @@
+"""How an epoch's plan reaches one process: slices of global batches, and a loader that resumes where it stopped."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from moe_peft.batch import Batch
+from moe_peft.data.collate import Collator
+from moe_peft.data.encoding import EncodedRow
+from moe_peft.data.sampling import Sampling
+
+
+class MicroBatch(NamedTuple):
+    """One process's rows of one forward, and its share of the global batch."""
+
+    rows: list[int]
+    rows_share: float
+    tokens_share: float
+
+
+class MultitaskSampler(Sampler[MicroBatch]):
+    """Yields this process's micro-batches: global batch, then accumulation slice, then rank slice.
+
+    Args:
+        sampling: The task-weight rule.
+        names: T task names.
+        sizes: Rows per task.
+        answer_tokens: Answer tokens of every row, all tasks in a row.
+        batch_size: Rows of a global batch.
+        steps_per_epoch: Global batches of an epoch; None lets the data decide.
+        seed: The run's seed.
+        world_size: Number of ranks.
+        rank: This process.
+        accumulation: Micro-batches of one optimizer step.
+
+    Raises:
+        ValueError: The batch size does not divide by ranks x accumulation, or a rule that does not fit the tasks.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        names: Sequence[str],
+        sizes: Sequence[int],
+        answer_tokens: Sequence[int],
+        batch_size: int,
+        steps_per_epoch: int | None = None,
+        seed: int = 0,
+        world_size: int = 1,
+        rank: int = 0,
+        accumulation: int = 1,
+    ) -> None:
+        check_batch_size(batch_size, world_size, accumulation)
+        if steps_per_epoch is not None and steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch={steps_per_epoch} must be 1 or more, or null for one pass.")
+        self.sampling, self.names, self.sizes = sampling, list(names), list(sizes)
+        self.batch_size, self.steps_per_epoch, self.seed = batch_size, steps_per_epoch, seed
+        self.world_size, self.rank, self.accumulation = world_size, rank, accumulation
+        self.epoch = 0
+        self.resume_at: tuple[int, int] | None = None
+        """After a resume: an epoch, and how many of its micro-batches were handed out before."""
+        self._tokens = np.asarray(answer_tokens, dtype=np.int64)
+        self._steps = len(self.plan(0))
+
+    def plan(self, epoch: int) -> np.ndarray:
+        """Gives the rows of an epoch's global batches: [steps, batch_size]."""
+        return self.sampling.plan(
+            self.names, self.sizes, self.batch_size, self.steps_per_epoch, seed=self.seed, epoch=epoch
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch to yield next (Lightning calls this)."""
+        self.epoch = epoch
+
+    @property
+    def position(self) -> int:
+        """Where the next iteration starts: not at 0 if a resumed run is in the middle of this epoch.
+
+        A run that ended by its step limit has closed its last epoch, whatever was left of it: going on from there is a
+        new epoch, from its beginning.
+        """
+        return self.resume_at[1] if self.resume_at and self.resume_at[0] == self.epoch else 0
+
+    def __len__(self) -> int:
+        """Counts the micro-batches of an epoch."""
+        return self._steps * self.accumulation
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Yields the epoch's micro-batches of this rank."""
+        plan, start, parts = self.plan(self.epoch), self.position, self.world_size * self.accumulation
+        self.resume_at = None
+        for index in range(start, len(self)):
+            rows = plan[index // self.accumulation]
+            part = index % self.accumulation * self.world_size + self.rank
+            yield MicroBatch(
+                rows.reshape(parts, -1)[part].tolist(), len(rows) / parts, float(self._tokens[rows].sum()) / parts
+            )
+
+
+def check_batch_size(batch_size: int, world_size: int, accumulation: int) -> None:
+    """Refuses a global batch size that ranks x accumulation cannot share equally.
+
+    Raises:
+        ValueError: Names the three numbers and the nearest sizes that work.
+    """
+    parts = world_size * accumulation
+    if batch_size < 1 or batch_size % parts:
+        below = max(batch_size, 0) // parts * parts
+        working = " or ".join(str(size) for size in (below, below + parts) if size)
+        raise ValueError(
+            f"batch_size={batch_size} (global) must divide by {world_size} ranks x {accumulation} accumulation steps; "
+            f"use {working}."
+        )
+
+
+class TrainRows(Dataset[Batch]):
+    """Encoded training rows of all tasks, collated by the micro-batch."""
+
+    def __init__(self, rows: list[EncodedRow], collator: Collator) -> None:
+        self.rows = rows
+        self.collator = collator
+
+    def __getitem__(self, index: MicroBatch) -> Batch:
+        """Collates one micro-batch."""
+        rows = [self.rows[row] for row in index.rows]
+        return self.collator.train(rows, index.rows_share, index.tokens_share)
+
+
+class EvalBatches(Dataset[Batch]):
+    """Evaluation batches, grouped beforehand."""
+
+    def __init__(self, batches: list[list[EncodedRow]], collator: Collator) -> None:
+        self.batches = batches
+        self.collator = collator
+
+    def __len__(self) -> int:
+        """Counts the batches of this rank."""
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Collates one batch."""
+        return self.collator.evaluate(self.batches[index])
+
+
+def group_for_evaluation(
+    rows: Sequence[EncodedRow], sequences: int, world_size: int = 1, rank: int = 0
+) -> list[list[EncodedRow]]:
+    """Groups rows into single-task batches of similar length, longest first, and takes this rank's part.
+
+    Every rank gets equally many batches as long as every task has at least as many rows as there are ranks
+    (sharded models need equal step counts); no row is repeated.
+
+    Args:
+        rows: All rows of a split.
+        sequences: At most so many sequences (options) in a batch of one rank; a row is never torn apart.
+        world_size: Number of ranks.
+        rank: This process.
+    """
+    batches: list[list[EncodedRow]] = []
+    for task in sorted({row.task_id for row in rows}):
+        own = [row for row in rows if row.task_id == task]
+        own.sort(key=lambda row: (-_evaluation_length(row), row.row_id))
+        widest = max(len(row.options) or 1 for row in own)
+        per_rank = max(sequences // widest, 1)
+        groups = -(-len(own) // (per_rank * world_size))
+        for group in np.array_split(np.arange(len(own)), groups):
+            part = [own[index] for index in group[rank::world_size]]
+            if part:
+                batches.append(part)
+    return batches
+
+
+def _evaluation_length(row: EncodedRow) -> int:
+    return len(row.prompt) + max((len(option) for option in row.options), default=0)
+
+
+class EvaluationLoader(DataLoader[Batch]):
+    """Loads ready-made batches in order, without drawing from the global random state.
+
+    Args:
+        dataset: This rank's batches.
+        num_workers: Worker processes.
+        seed: Seed of the workers' own random state.
+    """
+
+    def __init__(self, dataset: EvalBatches, num_workers: int, seed: int) -> None:
+        super().__init__(
+            dataset, batch_size=None, num_workers=num_workers, generator=torch.Generator().manual_seed(seed)
+        )
+
+
+class ResumableLoader(DataLoader[Batch]):
+    """A training loader that a checkpoint can put back into the middle of an epoch.
+
+    Lightning stores `state_dict` of loaders that have one. The count is of micro-batches handed out, which is the same
+    on all ranks. Its generator is its own: making an iterator must not draw from the global random state.
+
+    Args:
+        dataset: The rows.
+        sampler: Their order.
+        num_workers: Worker processes.
+        seed: Seed of the workers' own random state.
+    """
+
+    def __init__(self, dataset: TrainRows, sampler: MultitaskSampler, num_workers: int, seed: int) -> None:
+        super().__init__(
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=num_workers,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        self.multitask_sampler = sampler
+        self.handed_out = 0
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Yields the rest of the epoch after a resume, whole epochs otherwise."""
+        self.handed_out = self.multitask_sampler.position
+        for batch in super().__iter__():
+            self.handed_out += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gives the position in the epoch."""
+        return {"epoch": self.multitask_sampler.epoch, "handed_out": self.handed_out}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on at the stored position when the stored epoch is iterated next."""
+        self.multitask_sampler.resume_at = (state["epoch"], state["handed_out"])

@@ -1,0 +1,262 @@
+"""The LightningDataModule: tasks in, tokenised and mixed batches out. It knows no method."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+
+from moe_peft.backbones import Backbone
+from moe_peft.batch import Batch
+from moe_peft.data import datasets_task, olmo_eval
+from moe_peft.data.collate import Collator
+from moe_peft.data.encoding import EncodedRow, Encoder
+from moe_peft.data.loader import (
+    EvalBatches,
+    EvaluationLoader,
+    MultitaskSampler,
+    ResumableLoader,
+    TrainRows,
+    group_for_evaluation,
+)
+from moe_peft.data.sampling import Proportional, Sampling
+from moe_peft.data.sources import TaskFolder, TaskSource
+from moe_peft.data.tasks import Split, TaskSpec
+
+# Imported so that their classes are known to the configuration by bare name.
+NAMED = (datasets_task, olmo_eval)
+
+_STAGE_SPLITS: dict[str, tuple[Split, ...]] = {"fit": ("train", "validation"), "validate": ("validation",)}
+
+
+class MultitaskDataModule(LightningDataModule):
+    """Several tasks, encoded for one backbone and sampled into multitask batches.
+
+    Args:
+        tasks: Sources, or paths of task folders; the place in the list is the task's id.
+        backbone: Whose tokenizer and kind decide the encoding.
+        batch_size: Rows of one optimizer step, over all ranks and accumulation steps.
+        eval_batch_size: At most so many sequences (one per scored option) in an evaluation batch of one rank.
+        max_length: Token limit of prompt and answer together. A longer prompt is cut from the left, an answer never.
+        sampling: The rule for the tasks of a batch's rows; `Proportional()` where not given.
+        steps_per_epoch: Optimizer steps of an epoch; the data decide (one pass) where not given.
+        seed: Decides the order of the rows.
+        num_workers: Loader processes; changes no batch.
+        style: plain text, or the tokenizer's own chat template.
+        bos: Start token before a prompt: auto does what the tokenizer or its chat template does by itself.
+        system: System message of the chat template.
+        answer_prefix: Text before every answer; " " where not given, and "" for chat and seq2seq.
+        number_format: Format of a regression value that is written as text.
+        predict_split: The split that `predict` runs on.
+
+    Raises:
+        ValueError: No task, two tasks of one name, or a size below 1.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str | TaskSource],
+        backbone: Backbone,
+        batch_size: int = 16,
+        eval_batch_size: int = 64,
+        max_length: int = 160,
+        sampling: Sampling | None = None,
+        steps_per_epoch: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+        style: Literal["plain", "chat"] = "plain",
+        bos: Literal["auto", "always", "never"] = "auto",
+        system: str | None = None,
+        answer_prefix: str | None = None,
+        number_format: str = ".1f",
+        predict_split: Split = "test",
+    ) -> None:
+        super().__init__()
+        if not tasks:
+            raise ValueError("tasks=[] names no task; give at least one task folder or source.")
+        for argument, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+            if value < 1:
+                raise ValueError(f"{argument}={value} must be 1 or more.")
+        if seed < 0:
+            raise ValueError(f"seed={seed} must not be negative.")
+        self.sources = [TaskFolder(task) if isinstance(task, str) else task for task in tasks]
+        self.backbone = backbone
+        self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
+        self.sampling = sampling or Proportional()
+        self.steps_per_epoch, self.seed, self.num_workers = steps_per_epoch, seed, num_workers
+        self.style: Literal["plain", "chat"] = style
+        self.bos: Literal["auto", "always", "never"] = bos
+        self.predict_split: Split = predict_split
+        self.system, self.answer_prefix, self.number_format = system, answer_prefix, number_format
+        self._encoded: dict[Split, list[EncodedRow]] = {}
+
+    @cached_property
+    def specs(self) -> list[TaskSpec]:
+        """The tasks in the order of their ids; reads names, no rows.
+
+        Raises:
+            ValueError: Two tasks of one name, or a source that cannot be read.
+        """
+        specs = [source.spec() for source in self.sources]
+        name, count = Counter(spec.name for spec in specs).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"tasks holds {count} tasks called '{name}'; names must be unique, rename or drop one.")
+        return specs
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What a table must say of a task's rows, by task name; tasks with nothing to say are absent."""
+        pairs = zip(self.specs, self.sources, strict=True)
+        return {spec.name: source.note for spec, source in pairs if source.note}
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The encoding protocol of this run."""
+        return Encoder(
+            self.backbone.tokenizer(),
+            self.backbone.kind,
+            self.max_length,
+            style=self.style,
+            bos=self.bos,
+            system=self.system,
+            answer_prefix=self.answer_prefix,
+            number_format=self.number_format,
+        )
+
+    @cached_property
+    def collator(self) -> Collator:
+        """Pads for this backbone."""
+        return Collator(self.backbone.kind, self.backbone.tokenizer().pad_token_id)
+
+    def setup(self, stage: str) -> None:
+        """Encodes the splits of a stage, so that bad rows and settings are found before any training."""
+        predict: tuple[Split, ...] = (self.predict_split,) if stage == "predict" else ("test",)
+        for split in _STAGE_SPLITS.get(stage, predict):
+            self.rows(split)
+        if stage == "fit":
+            self._sampler()
+
+    def rows(self, split: Split) -> list[EncodedRow]:
+        """Gives a split's encoded rows, task by task; encoded once."""
+        if split not in self._encoded:
+            tasks = enumerate(zip(self.specs, self.sources, strict=True))
+            self._encoded[split] = [
+                row
+                for task_id, (spec, source) in tasks
+                for row in self.encoder.encode(spec, task_id, source.rows(split))
+            ]
+        return self._encoded[split]
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Makes the loader of this rank's micro-batches."""
+        dataset = TrainRows(self.rows("train"), self.collator)
+        return ResumableLoader(dataset, self._sampler(), self.num_workers, self.seed)
+
+    def val_dataloader(self) -> EvaluationLoader:
+        """Makes the validation loader."""
+        return self._evaluation("validation")
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """Makes the test loader."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """Makes the loader of `predict_split`."""
+        return self._evaluation(self.predict_split)
+
+    def sample_prompts(self, count: int, seed: int) -> list[Batch]:
+        """Draws training prompts for fitting a prior: the same on every rank.
+
+        Every task gives equally many; what a small task lacks is shared out among the others.
+
+        Args:
+            count: At most so many prompts.
+            seed: Decides which.
+
+        Returns:
+            Prompt-only batches of at most `eval_batch_size` rows.
+        """
+        rows = self.rows("train")
+        rng = np.random.default_rng([self.seed, seed])
+        quotas = _equal_quotas(self._sizes(), count)
+        starts = np.concatenate([[0], np.cumsum(self._sizes())[:-1]])
+        chosen = [
+            int(start + index)
+            for start, size, quota in zip(starts, self._sizes(), quotas, strict=True)
+            for index in sorted(rng.permutation(size)[:quota])
+        ]
+        step = self.eval_batch_size
+        return [self.collator.prompts([rows[i] for i in chosen[at : at + step]]) for at in range(0, len(chosen), step)]
+
+    def majority(self, task_name: str) -> int | None:
+        """Gives the most frequent label of a task's training rows; None where an answer is no label.
+
+        Raises:
+            ValueError: There is no such task.
+        """
+        for spec, source in zip(self.specs, self.sources, strict=True):
+            if spec.name == task_name:
+                counts = Counter(row["label"] for row in source.rows("train")) if spec.has_options else {}
+                return min(counts, key=lambda label: (-counts[label], label)) if counts else None
+        raise ValueError(f"task '{task_name}' is unknown; use one of {', '.join(spec.name for spec in self.specs)}.")
+
+    def cache_key(self, split: Split) -> str:
+        """Fingerprints what a model is shown on a split: rows, templates, tokens, answers and metrics (sha256)."""
+        digest = hashlib.sha256(repr((self.backbone.kind, self.specs)).encode())
+        for row in self.rows(split):
+            seen = (row.row_id, row.prompt, row.answer, row.options, row.row.get("choices"), row.target)
+            digest.update(repr(seen).encode())
+        return digest.hexdigest()
+
+    def _sizes(self) -> list[int]:
+        counts = Counter(row.task_id for row in self.rows("train"))
+        return [counts[task_id] for task_id in range(len(self.specs))]
+
+    def _sampler(self) -> MultitaskSampler:
+        world_size, rank, accumulation = self._place()
+        return MultitaskSampler(
+            self.sampling,
+            [spec.name for spec in self.specs],
+            self._sizes(),
+            [len(row.answer) or 1 for row in self.rows("train")],
+            self.batch_size,
+            self.steps_per_epoch,
+            seed=self.seed,
+            world_size=world_size,
+            rank=rank,
+            accumulation=accumulation,
+        )
+
+    def _evaluation(self, split: Split) -> EvaluationLoader:
+        world_size, rank, _ = self._place()
+        batches = group_for_evaluation(self.rows(split), self.eval_batch_size, world_size, rank)
+        return EvaluationLoader(EvalBatches(batches, self.collator), self.num_workers, self.seed)
+
+    def _place(self) -> tuple[int, int, int]:
+        """World size, rank and accumulation steps of the attached trainer; alone without one."""
+        trainer = self.trainer
+        if trainer is None:
+            return 1, 0, 1
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError(
+                "trainer.use_distributed_sampler=True would slice batches that are sliced already; set it to false."
+            )
+        return trainer.world_size, trainer.global_rank, trainer.accumulate_grad_batches
+
+
+def _equal_quotas(sizes: Sequence[int], count: int) -> list[int]:
+    """Shares `count` out equally, no task above its size; what remains after rounding goes to the first tasks."""
+    quotas = [0] * len(sizes)
+    while count > 0:
+        open_tasks = [task for task, size in enumerate(sizes) if quotas[task] < size]
+        if not open_tasks:
+            break
+        share = max(count // len(open_tasks), 1)
+        for task in open_tasks[:count]:
+            given = min(share, sizes[task] - quotas[task])
+            quotas[task] += given
+            count -= given
+    return quotas

@@ -1,0 +1,170 @@
+"""AdaptedLinear: a frozen linear plus a gated low-rank update, and `inject`, which puts it into any model.
+
+    y = W0 x + s * B C(x) A x
+
+Shapes: B batch, S sequence, D in, O out, R rows of A, Q columns of B.
+"""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from moe_peft.context import RoutingContext
+from moe_peft.kernels.dispatch import expand, shrink
+from moe_peft.kernels.reference import apply_core
+from moe_peft.layers.factors import Factors
+from moe_peft.layers.routers import Router
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen `nn.Linear` with an adapter.
+
+    Args:
+        base: the linear to adapt; its parameters are frozen here.
+        factors: what is stored (A and B).
+        router: what decides the core; None for the identity (plain LoRA).
+        scale: s.
+        dropout: probability on the adapter's input (the router reads the input before it, as in the official T-REX).
+        context: the model's routing context.
+        slot: this linear's name in the model, unique.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        factors: Factors,
+        router: Router | None,
+        scale: float,
+        dropout: float,
+        context: RoutingContext,
+        slot: str,
+    ) -> None:
+        super().__init__()
+        if router is None and factors.rank_in != factors.rank_out:
+            raise ValueError(f"{slot}: factors of ranks {factors.rank_in} and {factors.rank_out} need a router's core")
+        self.base = base.requires_grad_(False)
+        self.factors, self.router = factors, router
+        self.scale, self.dropout, self.slot = scale, dropout, slot
+        self.context = context
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight [O, D]: some models read it off their linears."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base bias [O]."""
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        """D."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return self.base.out_features
+
+    def rank_space(self, x: Tensor, a: Tensor) -> Tensor:
+        """Returns C(x) A x: [..., Q], in fp32 where a core acts, else in the dtype of x."""
+        rows = None if self.router is None else self.router.rows()
+        if self.training and self.dropout > 0:
+            h = shrink(torch.dropout(x, self.dropout, True), a)
+            scores = None if rows is None else shrink(x, rows)
+        elif rows is None:
+            h, scores = shrink(x, a), None
+        else:
+            h, scores = shrink(x, torch.cat([a, rows])).split([a.shape[0], rows.shape[0]], -1)
+        if self.router is None:
+            return h
+        return apply_core(h.to(a.dtype), self.router(h, scores, self.context, self.slot))
+
+    def delta(self, x: Tensor) -> Tensor:
+        """Returns the update alone, s * B C(x) A x: [..., O]."""
+        a, b = self.factors()
+        return expand(x.new_zeros(*x.shape[:-1], self.out_features), self.rank_space(x, a), b, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns W0 x + bias + delta(x): [..., O] in the base's dtype."""
+        y = self.base(x)
+        if not self.context.enabled:
+            return y
+        a, b = self.factors()
+        return expand(y, self.rank_space(x, a), b, self.scale)
+
+    @torch.no_grad()
+    def merged_weight(self, core: Tensor | None = None) -> Tensor:
+        """Returns W0 + s * B C A [O, D] for a fixed core, computed in fp32 and cast to the base's dtype.
+
+        Args:
+            core: None (identity), [R] (diagonal) or [Q, R].
+        """
+        a, b = self.factors()
+        delta = self.scale * b @ (a if core is None else core.unsqueeze(-1) * a if core.dim() == 1 else core @ a)
+        return (self.base.weight.to(delta.dtype) + delta).to(self.base.weight.dtype)
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Returns the model's output head (`lm_head`), if it has one."""
+    get = getattr(model, "get_output_embeddings", None)
+    return None if get is None else get()
+
+
+def find_linears(model: nn.Module, targets: str | list[str]) -> list[str]:
+    """Names the linears to adapt, in the model's order.
+
+    Args:
+        model: any module.
+        targets: "all-linear" (every `nn.Linear` but the output head), a regular expression that must match a whole
+            name, or a list of name suffixes ("q_proj", "mlp.down_proj").
+
+    Raises:
+        ValueError: nothing matches, or a suffix in the list matches nothing; lists what there is.
+    """
+    head = output_head(model)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    if targets == "all-linear":
+        found, idle = names, []
+    elif isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"targets: {targets!r} is no regular expression ({error})") from None
+        found, idle = [name for name in names if pattern.fullmatch(name)], []
+    else:
+        ends = [(target, "." + target) for target in targets]
+        found = [name for name in names if any(("." + name).endswith(end) for _, end in ends)]
+        idle = [target for target, end in ends if not any(("." + name).endswith(end) for name in names)]
+    if idle or not found:
+        suffixes = sorted({name.rsplit(".", 1)[-1] for name in names})
+        raise ValueError(
+            f"targets: {idle or targets!r} matches no linear; this model has {', '.join(suffixes) or 'none'}"
+        )
+    return found
+
+
+def inject(
+    model: nn.Module, targets: str | list[str], make: Callable[[nn.Linear, str], AdaptedLinear]
+) -> dict[str, AdaptedLinear]:
+    """Replaces the targeted linears of `model` in place.
+
+    Args:
+        model: the frozen model.
+        targets: see `find_linears`.
+        make: builds the adapted linear from the base linear and its name.
+
+    Returns:
+        The adapted linears by name, in the model's order.
+    """
+    adapted = {}
+    for name in find_linears(model, targets):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        adapted[name] = make(base, name)
+        setattr(parent, name.rpartition(".")[2], adapted[name])
+    return adapted

@@ -1,0 +1,229 @@
+"""MultitaskModule: what every method's LightningModule shares.
+
+A method states how one linear is adapted (`adapt`) and, where it has them, its loss terms. It knows no paths, no
+downloads and no schedules: the backbone brings the model, the data module the tasks, callbacks the schedules.
+"""
+
+from typing import Any, Literal, Protocol, Self
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from moe_peft.backbones import Backbone, Classifier
+from moe_peft.batch import IGNORE_INDEX, Batch
+from moe_peft.checkpoint import check_adapter_state, describe, refuse_foreign
+from moe_peft.context import RoutingContext
+from moe_peft.data.tasks import TaskSpec
+from moe_peft.layers.adapted import AdaptedLinear, inject
+from moe_peft.layers.prior import SemanticPrior
+from moe_peft.methods.evaluation import EvaluationSteps
+from moe_peft.methods.heads import TaskHeads
+from moe_peft.methods.scoring import answer_nll, pooled_features
+from moe_peft.optim import GroupRates, WarmupDecay, optimizer_groups
+from moe_peft.predictions import Ranking
+
+
+class LossTerms(Protocol):
+    """A callback that adds weighted terms to the training loss, computed inside `training_step`."""
+
+    def loss_terms(self, module: "MultitaskModule", batch: Batch) -> dict[str, Tensor]:
+        """Returns named scalar terms, already weighted."""
+        ...
+
+
+class MultitaskModule(EvaluationSteps):
+    """Base of all methods: a frozen backbone, adapted linears, and the multitask loss.
+
+    Args:
+        backbone: the frozen model.
+        tasks: the tasks, in the order of their ids (linked from the data module on the command line).
+        targets: linears to adapt: "all-linear" (all but the output head), a regular expression, or name suffixes.
+        optimizer: class path and arguments of a torch optimizer.
+        scheduler: class path and arguments of a learning-rate scheduler, stepped every optimizer step.
+        lr: learning rate per parameter group where it differs from the optimizer's (gates default to 5e-5).
+        weight_decay: weight decay per parameter group where it differs from the optimizer's.
+        loss_mean: "row": mean over the global batch's rows of each row's mean answer-token loss; "token": mean over
+            the global batch's answer tokens.
+        ranking: which option score decides: "sum" of log-likelihoods or "per_char" (divided by the option's length).
+        max_new_tokens: length of generated answers.
+    """
+
+    missing_prior: Literal["error", "token_only"] = "error"
+    """What to do where a method has a prior that was never fitted."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tasks: list[TaskSpec],
+        targets: str | list[str] = "all-linear",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        scheduler: LRSchedulerCallable | None = WarmupDecay,
+        lr: GroupRates | None = None,
+        weight_decay: GroupRates | None = None,
+        loss_mean: Literal["row", "token"] = "row",
+        ranking: Ranking = "sum",
+        max_new_tokens: int = 16,
+    ) -> None:
+        super().__init__()
+        if not tasks:
+            raise ValueError("tasks: the list is empty; name at least one task")
+        self.backbone, self.specs, self.targets = backbone, list(tasks), targets
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.lr, self.weight_decay = lr or GroupRates(gates=5e-5), weight_decay or GroupRates()
+        self.loss_mean, self.max_new_tokens = loss_mean, max_new_tokens
+        self.ranking: Ranking = ranking
+        self.context = RoutingContext()
+        self.adapted: dict[str, AdaptedLinear] = {}
+        self.model: nn.Module | None = None
+        self.heads: TaskHeads | None = None
+        self.prior: SemanticPrior | None = None
+        self.config: dict[str, Any] | None = None
+        self.fingerprint = ""
+        # The checkpoint holds adapters only; `load_state_dict` makes its own, stricter check.
+        self.strict_loading = False
+
+    # ---- what a method defines -------------------------------------------------------------------------------------
+
+    def adapt(self, base: nn.Linear, slot: str) -> AdaptedLinear:
+        """Builds the adapter of one linear."""
+        raise TypeError(f"{type(self).__name__} must implement adapt(base, slot)")
+
+    def method_loss_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """Returns the method's own named, weighted loss terms."""
+        return {}
+
+    def diagnostics(self) -> dict[str, float]:
+        """Returns numbers worth a look now and then (logged after every validation)."""
+        return {}
+
+    # ---- building ---------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Loads the backbone and injects the adapters; idempotent."""
+        if self.model is not None:
+            return
+        model = self.backbone.load()
+        self.fingerprint = "" if next(model.parameters()).is_meta else self.backbone.fingerprint(model)
+        head_inputs = self.backbone.hidden_size if isinstance(self.backbone, Classifier) else 0
+        self.adapted = inject(model, self.targets, self.adapt)
+        self.model = model
+        if head_inputs:
+            self.heads = TaskHeads(head_inputs, self.specs, device=next(model.parameters()).device)
+        if self.prior is not None:
+            self.prior.bind(self.backbone, model, self.context)
+        model.register_forward_pre_hook(self._check_input, with_kwargs=True)
+        if self.backbone.gradient_checkpointing:
+            checkpointing = {"use_reentrant": False, "context_fn": self.context.checkpoint_fns}
+            model.gradient_checkpointing_enable(checkpointing)  # type: ignore[operator]
+
+    def built(self) -> nn.Module:
+        """Returns the adapted model, building it if need be."""
+        self.configure_model()
+        assert self.model is not None
+        return self.model
+
+    def _check_input(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        cache = kwargs.get("past_key_values")
+        cached = kwargs.get("encoder_outputs") is not None or (cache is not None and cache.get_seq_length() > 0)
+        self.context.check_input(ids, kwargs.get("attention_mask"), cached)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the adapters' mode; the frozen backbone stays in eval mode (its own dropout is off)."""
+        super().train(mode)
+        if self.model is not None:
+            self.model.eval()
+            for layer in self.adapted.values():
+                layer.train(mode)
+            for block in self.model.modules():
+                if getattr(block, "gradient_checkpointing", False):
+                    block.training = mode  # HF recomputes only blocks whose flag says training
+        return self
+
+    # ---- forward and loss -------------------------------------------------------------------------------------------
+
+    def begin(self, batch: Batch) -> None:
+        """Publishes the batch's routing facts: task ids, and the semantic prior where the method has one."""
+        key = self.context.begin(batch["input_ids"], batch["attention_mask"])
+        if "task_id" in batch:
+            self.context.put("task_id", batch["task_id"], key)
+        wanted = self.prior is not None and self.context.enabled
+        if self.prior is not None and wanted and (self.prior.fitted or self.missing_prior == "error"):
+            self.context.put("prior", self.prior(batch), key)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Returns the row losses [B] (fp32): mean answer-token loss, or the head's loss."""
+        self.begin(batch)
+        return self.row_losses(batch)[0]
+
+    def row_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns each row's mean loss [B] and its summed loss [B]; the batch has begun."""
+        model = self.built()
+        if self.heads is not None:
+            assert isinstance(self.backbone, Classifier)
+            loss = self.heads.losses(pooled_features(self.backbone, model, batch), batch["task_id"], batch["target"])
+            return loss, loss
+        nll = answer_nll(self.backbone, model, batch)
+        tokens = (batch["labels"] != IGNORE_INDEX).sum(1)
+        return nll.sum(1) / tokens, nll.sum(1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Task loss plus every term of the method and of the callbacks; each is logged as `train/<name>`."""
+        self.begin(batch)
+        means, sums = self.row_losses(batch)
+        by_row = self.loss_mean == "row"
+        task_loss = means.sum() / batch["rows_share"] if by_row else sums.sum() / batch["tokens_share"]
+        terms = self.method_loss_terms(batch)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "loss_terms"):
+                terms |= callback.loss_terms(self, batch)
+        loss = task_loss + sum(terms.values())
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss is {loss.item()} at step {self.global_step}; rows {', '.join(batch['row_id'])}")
+        rows = len(means)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=rows, sync_dist=True)
+        for name, term in terms.items():
+            self.log(f"train/{name}", term.detach(), batch_size=rows, sync_dist=True)
+        return loss
+
+    # ---- optimizer ---------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer with the named groups of `moe_peft.optim`, one schedule stepped every optimizer step."""
+        optimizer = self.optimizer(optimizer_groups(self, self.lr, self.weight_decay))
+        if self.scheduler is None:
+            return optimizer
+        scheduler = self.scheduler(optimizer)
+        if isinstance(scheduler, WarmupDecay):
+            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ---- checkpoint --------------------------------------------------------------------------------------------------
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Returns what a checkpoint holds: adapters, routers, heads and priors; never the backbone."""
+        return {name: value for name, value in self.state_dict().items() if not self._belongs_to_base(name)}
+
+    def _belongs_to_base(self, name: str) -> bool:
+        return name.startswith("model.") and ".factors." not in name and ".router." not in name
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves the frozen base out and adds what is needed to refuse a wrong one."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if not self._belongs_to_base(name)}
+        checkpoint["moe_peft"] = describe(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another method, base or task list."""
+        self.configure_model()
+        refuse_foreign(checkpoint, describe(self))
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads adapters; missing, unexpected or misshapen tensors are an error whatever `strict` says."""
+        check_adapter_state(self.adapter_state(), state_dict)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def trainable_parameters(self) -> int:
+        """Counts trainable numbers."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)

@@ -1,0 +1,175 @@
+"""Validation, test and prediction: every row becomes a `Prediction`, every task its own metric.
+
+Options of a row are ranked by the log-likelihood of their text (no end token) in one batched pass; heads give class
+scores; generation tasks are decoded greedily. At test time the untouched backbone may score the same rows in the same
+pass (`score_base`), as the first row of the results table.
+"""
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from moe_peft.batch import Batch
+from moe_peft.methods.scoring import generate_text, option_scores, pooled_features
+from moe_peft.metrics import score_row
+from moe_peft.predictions import Prediction
+
+if TYPE_CHECKING:
+    from moe_peft.methods.base import MultitaskModule
+
+NUMBER = re.compile(r"[-+]?\d*\.?\d+")
+
+
+class EvaluationSteps(LightningModule):
+    """The evaluation half of `MultitaskModule`; keeps predictions of the running epoch in `predictions`."""
+
+    score_base: bool = False
+    """Score the bare backbone beside the adapted one in the test epoch (set by the Results callback)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.predictions: dict[str, list[Prediction]] = {}
+
+    @property
+    def base_available(self) -> bool:
+        """Whether the bare backbone can answer: not where the answer needs heads that only training makes."""
+        return getattr(self, "heads", None) is None
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the last epoch's predictions."""
+        self.predictions = {"model": []}
+
+    def on_test_epoch_start(self) -> None:
+        """Forgets the last epoch's predictions."""
+        self.predictions = {"model": [], "base": []} if self.score_base else {"model": []}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Scores the batch's rows."""
+        self.predictions["model"] += predict_rows(self._module(), batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Scores the batch's rows, with the bare backbone too where asked."""
+        self.predictions["model"] += predict_rows(self._module(), batch)
+        if self.score_base:
+            with self._module().context.disabled():
+                self.predictions["base"] += predict_rows(self._module(), batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Prediction]:
+        """Returns one prediction per row, with its routing summary."""
+        context = self._module().context
+        context.recording = True
+        try:
+            return predict_rows(self._module(), batch)
+        finally:
+            context.recording = False
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs each task's metric, their mean (`val/mean`, the monitored value) and the method's diagnostics."""
+        module = self._module()
+        predictions = gather(self.predictions["model"])
+        if self.trainer.sanity_checking:
+            return
+        self._log_scores("val", predictions)
+        self.log_dict(module.diagnostics())
+
+    def on_test_epoch_end(self) -> None:
+        """Gathers the predictions of all ranks and logs the mean."""
+        self.predictions = {name: gather(own) for name, own in self.predictions.items()}
+        self._log_scores("test", self.predictions["model"])
+
+    def _log_scores(self, stage: str, predictions: list[Prediction]) -> None:
+        """Logs `<stage>/<task>/<metric>` and `<stage>/mean`, over the tasks that have rows."""
+        scores = score_row(self._module().specs, predictions, self._module().ranking).tasks
+        self.log_dict({f"{stage}/{name}/{score.metric}": score.value for name, score in scores.items()})
+        self.log(f"{stage}/mean", sum(score.value for score in scores.values()) / len(scores), prog_bar=True)
+
+    def _module(self) -> "MultitaskModule":
+        return self  # type: ignore[return-value]
+
+
+def gather(own: list[Prediction]) -> list[Prediction]:
+    """Joins the predictions of all ranks, ordered by row id, each row once."""
+    parts: list[Any] = [own]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        parts = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, own)
+    return sorted({p.row_id: p for part in parts for p in part}.values(), key=lambda p: p.row_id)
+
+
+@torch.no_grad()
+def predict_rows(module: "MultitaskModule", batch: Batch) -> list[Prediction]:
+    """Predicts every row of an evaluation batch (options of a row are consecutive sequences)."""
+    module.begin(batch)
+    model, rows = module.built(), batch["rows"]
+    options: list[list[float]] = [[] for _ in rows]
+    texts: list[str | None] = [None] * len(rows)
+    if module.heads is not None:
+        features = pooled_features(module.backbone, model, batch)  # type: ignore[arg-type]
+        options = module.heads.scores(features, batch["task_id"])
+    elif module.specs[int(batch["task_id"][0])].has_options:
+        options = option_scores(module.backbone, model, batch)
+    else:
+        texts = list(generate_text(module.backbone, model, batch, module.max_new_tokens))
+    per_row = len(batch["row_id"]) == len(rows)
+    first = list(range(len(rows))) if per_row else np.cumsum([0] + [len(row["choices"]) for row in rows[:-1]]).tolist()
+    routing = routing_summary(module, batch, first)
+    task_ids = batch["task_id"].tolist()
+    return [
+        as_prediction(module, batch["row_id"][at], task_ids[at], row, scores, text, summary)
+        for at, row, scores, text, summary in zip(first, rows, options, texts, routing, strict=True)
+    ]
+
+
+def as_prediction(
+    module: "MultitaskModule",
+    row_id: str,
+    task: int,
+    row: dict,
+    scores: list[float],
+    text: str | None,
+    routing: dict[str, float] | None,
+) -> Prediction:
+    """Joins a row and what was predicted for it."""
+    regression = module.specs[task].kind == "regression"
+    predicted = scores[0] if regression and scores else None
+    if regression and text is not None:
+        found = NUMBER.search(text)
+        predicted = float(found.group()) if found else None
+    return Prediction(
+        row_id=row_id,
+        task=task,
+        label=row.get("label"),
+        target=row.get("target"),
+        value=row.get("value"),
+        scores=() if regression else tuple(scores),
+        chars=() if module.heads is not None else tuple(map(len, row.get("choices", ()))),
+        text=text,
+        predicted_value=predicted,
+        routing=routing,
+    )
+
+
+def routing_summary(module: "MultitaskModule", batch: Batch, first: list[int]) -> list[dict[str, float] | None]:
+    """Mean routing weight of every expert over a row's real tokens and all layers, where routing was recorded.
+
+    Args:
+        module: its context holds the records of the batch's forward.
+        batch: the batch.
+        first: index of the first sequence of every row.
+    """
+    records = list(module.context.records.values())
+    sequences = len(batch["row_id"])
+    if not records or any(record.weights.shape[0] not in (1, sequences) for record in records):
+        return [None] * len(first)
+    mask = batch["attention_mask"].to(torch.float32)
+    mask = mask / mask.sum(1, keepdim=True)
+    total: Tensor = torch.zeros(())
+    for record in records:
+        weights = record.weights.float().expand(sequences, -1, -1)
+        fits = weights.shape[1] == mask.shape[1]
+        total = total + (torch.einsum("bs,bse->be", mask, weights) if fits else weights.mean(1)).cpu() / len(records)
+    return [{f"expert_{index}": round(value, 6) for index, value in enumerate(total[at].tolist())} for at in first]

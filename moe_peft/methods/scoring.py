@@ -1,0 +1,126 @@
+"""What a backbone's forward means for a batch: answer log-likelihoods, pooled features, generated text.
+
+Shapes: B batch, S sequence, L answer tokens kept, V vocabulary, D hidden.
+"""
+
+import inspect
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from moe_peft.backbones import Backbone, Classifier
+from moe_peft.batch import IGNORE_INDEX, Batch
+
+CHUNK = 256
+"""Tokens whose fp32 logits are held at once while scoring."""
+
+
+@cache
+def _accepts(model_class: type, argument: str) -> bool:
+    return argument in inspect.signature(model_class.forward).parameters
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Counts real tokens from zero, so that left padding moves no position: [B, S] -> [B, S]."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of N tokens in fp32, without an fp32 copy of all logits where no gradient is needed.
+
+    Args:
+        logits: [N, V] in the model's dtype.
+        targets: [N].
+    """
+    if torch.is_grad_enabled():
+        return cross_entropy(logits.float(), targets, reduction="none")
+    parts = [
+        cross_entropy(part.float(), target, reduction="none")
+        for part, target in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
+    ]
+    return torch.cat(parts) if parts else logits.new_zeros(0, dtype=torch.float32)
+
+
+def answer_nll(backbone: Backbone, model: nn.Module, batch: Batch) -> Tensor:
+    """Negative log-likelihood of every answer token.
+
+    Causal models: answers end together on the right, so the output head is computed for the last L + 1 positions only.
+
+    Returns:
+        [B, L] fp32, zero at padding.
+    """
+    labels, mask = batch["labels"], batch["attention_mask"]
+    if backbone.kind == "seq2seq":
+        logits = model(input_ids=batch["input_ids"], attention_mask=mask, labels=labels, use_cache=False).logits
+    else:
+        width = int((labels != IGNORE_INDEX).sum(1).max())
+        labels = labels[:, -width:]
+        logits = causal_logits(model, batch["input_ids"], mask, position_ids(mask), width + 1)[:, :-1]
+    real = labels != IGNORE_INDEX
+    nll = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+    return nll.masked_scatter(real, token_nll(logits[real], labels[real]))
+
+
+def causal_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, keep: int) -> Tensor:
+    """Returns the logits of the last `keep` positions [B, keep, V]; `mask` is [B, S], or additive [B, 1, S, S]."""
+    extra: dict = {"position_ids": positions} if _accepts(type(model), "position_ids") else {}
+    if _accepts(type(model), "logits_to_keep"):
+        extra["logits_to_keep"] = keep
+    return model(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra).logits[:, -keep:]
+
+
+def option_scores(backbone: Backbone, model: nn.Module, batch: Batch) -> list[list[float]]:
+    """Summed log-likelihood of every option of every row, in one forward."""
+    sizes = [len(row["choices"]) for row in batch["rows"]]
+    if "option_of" in batch:
+        scores = packed_option_scores(model, batch)
+        return [row[:size].tolist() for row, size in zip(scores, sizes, strict=True)]
+    return [part.tolist() for part in (-answer_nll(backbone, model, batch).sum(1)).split(sizes)]
+
+
+def packed_option_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """Scores options that lie side by side behind their prompt: [B, K], K the most options of a row.
+
+    The prompt is computed once: a block mask lets every option see the prompt and itself, and positions count only
+    what a token sees, so each option's scores are those of its own sequence.
+    """
+    ids, option, real = batch["input_ids"], batch["option_of"], batch["attention_mask"].bool()
+    order = torch.arange(ids.shape[1], device=ids.device)
+    own = (option.unsqueeze(1) == 0) | (option.unsqueeze(1) == option.unsqueeze(2))
+    sees = own & real.unsqueeze(1) & (order <= order.unsqueeze(1))
+    before = (sees & (order < order.unsqueeze(1))) * order
+    dtype = next(model.parameters()).dtype
+    hidden = ~(sees | torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device))
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=ids.device).masked_fill(hidden, torch.finfo(dtype).min)
+    keep = int((option > 0).sum(1).max()) + 1
+    positions = (sees.sum(-1) - 1).clamp(min=0)
+    logits = causal_logits(model, ids, mask.unsqueeze(1), positions, keep)
+    row, at = (option > 0).nonzero(as_tuple=True)
+    source = before.amax(-1)[row, at] - (ids.shape[1] - keep)
+    scores = torch.zeros(ids.shape[0], int(option.max()), device=ids.device)
+    likelihood = -token_nll(logits[row, source], ids[row, at])
+    return scores.index_put((row, option[row, at] - 1), likelihood, accumulate=True)
+
+
+def pooled_features(backbone: Classifier, model: nn.Module, batch: Batch) -> Tensor:
+    """Returns the pooled last hidden state [B, D] in fp32."""
+    hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    return backbone.pool(hidden, batch["attention_mask"]).float()
+
+
+@torch.no_grad()
+def generate_text(backbone: Backbone, model: nn.Module, batch: Batch, max_new_tokens: int) -> list[str]:
+    """Greedy continuation of every prompt, as stripped text."""
+    tokenizer = backbone.tokenizer()
+    ids = model.generate(  # type: ignore[operator]
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    if backbone.kind == "causal":
+        ids = ids[:, batch["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]

@@ -1,0 +1,237 @@
+"""Predictions of an evaluation, the metric that belongs to each task, its standard error, and paired differences.
+
+A metric is either a mean of row scores (accuracy, exact_match, token_f1) or a statistic of all rows together (matthews,
+f1, pearson, spearman). Point estimates of the latter come from torchmetrics; their standard errors from a seeded
+bootstrap whose 1,000 resamples are computed at once (moe_peft/statistics.py), which torchmetrics cannot do.
+Values are fractions (0.62, not 62); no function here returns NaN: constant predictions or a constant gold give
+matthews, pearson and spearman 0.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torchmetrics.functional.classification import (
+    binary_f1_score,
+    binary_matthews_corrcoef,
+    multiclass_f1_score,
+    multiclass_matthews_corrcoef,
+)
+from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
+
+from moe_peft.data.tasks import TaskSpec
+from moe_peft.predictions import Prediction, Ranking
+from moe_peft.statistics import IntArray, Statistic, bootstrap, confusion_statistic, correlation_statistic
+
+T = TypeVar("T")
+
+MEAN_METRICS = ("accuracy", "exact_match", "token_f1")
+"""Metrics that are means of row scores; the others are statistics of all rows together."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """Value of a task's metric (a fraction), its standard error, and the number of rows."""
+
+    metric: str
+    value: float
+    stderr: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a results table. `mean` and `stderr` are None where the line misses tasks that others have."""
+
+    mean: float | None
+    stderr: float | None
+    tasks: dict[str, TaskScore]
+
+
+def score_task(spec: TaskSpec, predictions: Sequence[Prediction], ranking: Ranking) -> TaskScore:
+    """Scores one task by the metric that belongs to it.
+
+    f1 is the F1 of class 1 for two classes; for more, and as macro_f1, the mean over the classes that occur. Constant
+    predictions or a constant gold give matthews, pearson and spearman 0. A regression text that is no number counts as
+    the mean of those that are. Texts are compared lower-cased, without articles and without punctuation around words.
+
+    Args:
+        spec: the task.
+        predictions: all of this task.
+        ranking: how options are ranked.
+
+    Returns:
+        The score; its standard error is binomial for accuracy and exact_match, bootstrap for the others.
+
+    Raises:
+        ValueError: there are no predictions, or a row has no gold answer.
+    """
+    if not predictions:
+        raise ValueError(f"task '{spec.name}': predictions=[] cannot be scored; give the split at least one row")
+    metric, n = spec.primary_metric, len(predictions)
+    if metric in MEAN_METRICS:
+        scores = _row_scores(spec, predictions, ranking)
+        value = float(scores.mean())
+        if metric == "token_f1":
+            return TaskScore(metric, value, float(bootstrap(lambda index: scores[index].mean(1), n).std(ddof=1)), n)
+        return TaskScore(metric, value, math.sqrt(value * (1 - value) / n), n)
+    guess, gold, classes = _guess_and_gold(spec, predictions, ranking)
+    resampled = bootstrap(_statistic(metric, guess, gold, classes), n, classes * classes)
+    return TaskScore(metric, _point_estimate(metric, guess, gold, classes), float(resampled.std(ddof=1)), n)
+
+
+def score_row(specs: Sequence[TaskSpec], predictions: Sequence[Prediction], ranking: Ranking) -> Row:
+    """Scores every task that has predictions; the mean is over tasks, its error assumes that tasks are independent.
+
+    Raises:
+        ValueError: there are no predictions at all, or a row id occurs twice.
+    """
+    groups = _by_task(specs, predictions)
+    tasks = {specs[task].name: score_task(specs[task], list(rows.values()), ranking) for task, rows in groups.items()}
+    mean = sum(score.value for score in tasks.values()) / len(tasks)
+    return Row(mean, math.hypot(*(score.stderr for score in tasks.values())) / len(tasks), tasks)
+
+
+def paired_difference(
+    specs: Sequence[TaskSpec], a: Sequence[Prediction], b: Sequence[Prediction], ranking: Ranking
+) -> tuple[float, float]:
+    """How much better a is than b on the same rows.
+
+    Args:
+        specs: the tasks.
+        a: predictions of one model.
+        b: predictions of the other, in any order.
+        ranking: how options are ranked.
+
+    Returns:
+        The macro mean of a minus that of b, and the standard error of this difference: from the per-row differences
+        for mean metrics, from a bootstrap that draws the same rows for both otherwise.
+
+    Raises:
+        ValueError: a and b are not about the same rows.
+    """
+    groups_a, groups_b = _by_task(specs, a), _by_task(specs, b)
+    differences, errors = [], []
+    for task in groups_a | groups_b:
+        rows_a, rows_b = groups_a.get(task, {}), groups_b.get(task, {})
+        if odd := sorted(rows_a.keys() ^ rows_b.keys()):
+            raise ValueError(
+                f"a and b hold different rows of task '{specs[task].name}': {len(odd)} in one only, first '{odd[0]}'; "
+                "compare predictions of the same split"
+            )
+        difference, error = _paired_task(specs[task], list(rows_a.values()), [rows_b[key] for key in rows_a], ranking)
+        differences.append(difference)
+        errors.append(error)
+    return sum(differences) / len(differences), math.hypot(*errors) / len(errors)
+
+
+def normalise_answer(text: str) -> str:
+    """Lower case, no punctuation around words (`-5` and `3.5` stay), no articles unless there is nothing else."""
+    words = [word for word in (word.strip(".,;:!?\"'`()[]{}") for word in text.lower().split()) if word]
+    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
+
+
+def _by_task(specs: Sequence[TaskSpec], predictions: Sequence[Prediction]) -> dict[int, dict[str, Prediction]]:
+    """Rows by id under their task's index, tasks in the order of `specs`."""
+    if not predictions:
+        raise ValueError("predictions=[] cannot be scored; give the split at least one row")
+    groups: dict[int, dict[str, Prediction]] = {task: {} for task in range(len(specs))}
+    for row in predictions:
+        if row.row_id in groups[row.task]:
+            raise ValueError(f"row '{row.row_id}' occurs twice in predictions; give every row of a split its own id")
+        groups[row.task][row.row_id] = row
+    return {task: rows for task, rows in groups.items() if rows}
+
+
+def _gold(row: Prediction, gold: T | None) -> T:
+    if gold is None:
+        raise ValueError(f"row '{row.row_id}' has no gold answer; score a labelled split, or use predict")
+    return gold
+
+
+def _token_f1(guess: str, gold: str) -> float:
+    guess_words, gold_words = normalise_answer(guess).split(), normalise_answer(gold).split()
+    if not guess_words or not gold_words:
+        return float(guess_words == gold_words)
+    common = sum((Counter(guess_words) & Counter(gold_words)).values())
+    return 2 * common / (len(guess_words) + len(gold_words))
+
+
+def _row_scores(spec: TaskSpec, predictions: Sequence[Prediction], ranking: Ranking) -> np.ndarray:
+    """[N] score of each row under a mean metric."""
+    match spec.primary_metric:
+        case "accuracy":
+            scores = [row.choice(ranking) == _gold(row, row.label) for row in predictions]
+        case "exact_match":
+            scores = [
+                normalise_answer(row.text or "") == normalise_answer(_gold(row, row.target)) for row in predictions
+            ]
+        case _:
+            scores = [_token_f1(row.text or "", _gold(row, row.target)) for row in predictions]
+    return np.asarray(scores, dtype=np.float64)
+
+
+def _guess_and_gold(
+    spec: TaskSpec, predictions: Sequence[Prediction], ranking: Ranking
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """[N] answers, [N] gold, and the number of classes (1 for regression)."""
+    if spec.kind == "regression":
+        values = [math.nan if row.predicted_value is None else row.predicted_value for row in predictions]
+        guess = np.asarray(values, dtype=np.float64)
+        parsed = np.isfinite(guess)
+        guess[~parsed] = guess[parsed].mean() if parsed.any() else 0.0
+        return guess, np.asarray([_gold(row, row.value) for row in predictions], dtype=np.float64), 1
+    classes = len(spec.choices) or max(len(row.scores) for row in predictions)
+    guess = np.asarray([row.choice(ranking) for row in predictions], dtype=np.int64)
+    return guess, np.asarray([_gold(row, row.label) for row in predictions], dtype=np.int64), classes
+
+
+def _point_estimate(metric: str, guess: np.ndarray, gold: np.ndarray, classes: int) -> float:
+    if "f1" not in metric and (np.ptp(guess) == 0 or np.ptp(gold) == 0):
+        return 0.0
+    preds, target = torch.from_numpy(guess), torch.from_numpy(gold)
+    match metric:
+        case "f1" if classes == 2:
+            value = binary_f1_score(preds, target)
+        case "f1" | "macro_f1":
+            value = multiclass_f1_score(preds, target, num_classes=classes, average="macro")
+        case "matthews" if classes == 2:
+            value = binary_matthews_corrcoef(preds, target)
+        case "matthews":
+            value = multiclass_matthews_corrcoef(preds, target, num_classes=classes)
+        case "pearson":
+            value = pearson_corrcoef(preds, target)
+        case _:
+            value = spearman_corrcoef(preds, target)
+    return float(value)
+
+
+def _statistic(metric: str, guess: np.ndarray, gold: np.ndarray, classes: int) -> Statistic:
+    if metric in ("pearson", "spearman"):
+        return correlation_statistic(guess, gold, by_rank=metric == "spearman")
+    if metric == "f1" and classes > 2:
+        metric = "macro_f1"
+    return confusion_statistic(guess, gold, classes, metric)
+
+
+def _paired_task(
+    spec: TaskSpec, a: Sequence[Prediction], b: Sequence[Prediction], ranking: Ranking
+) -> tuple[float, float]:
+    """Difference and its standard error on one task; a[i] and b[i] are the same row."""
+    metric, n = spec.primary_metric, len(a)
+    if metric in MEAN_METRICS:
+        differences = _row_scores(spec, a, ranking) - _row_scores(spec, b, ranking)
+        return float(differences.mean()), float(differences.std()) / math.sqrt(n)
+    sides = [_guess_and_gold(spec, side, ranking) for side in (a, b)]
+    values = [_point_estimate(metric, *side) for side in sides]
+    statistics = [_statistic(metric, *side) for side in sides]
+
+    def difference(index: IntArray) -> np.ndarray:
+        return statistics[0](index) - statistics[1](index)
+
+    resampled = bootstrap(difference, n, sides[0][2] * sides[0][2])
+    return values[0] - values[1], float(resampled.std(ddof=1))

@@ -1,0 +1,117 @@
+"""Optimizer groups and the learning-rate schedule.
+
+Trainable parameters form four named groups (adapters, routers, gates, heads) from the first step on, each with its own
+learning rate and weight decay; which group a parameter belongs to is decided by where it lives, never by its state.
+"""
+
+import math
+from typing import Literal
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from moe_peft.layers.routers import Router
+
+GROUPS = ("adapters", "routers", "gates", "heads")
+
+
+class GroupRates:
+    """One optional number per parameter group; None keeps the optimizer's own value.
+
+    Args:
+        adapters: factors (A, B, tensor-train cores).
+        routers: router weights and projections.
+        gates: scalar gates (T-REX's ω and m: slope 100 makes a step of 5e-3 switch a layer off).
+        heads: classifier heads.
+    """
+
+    def __init__(
+        self,
+        adapters: float | None = None,
+        routers: float | None = None,
+        gates: float | None = None,
+        heads: float | None = None,
+    ) -> None:
+        self.adapters, self.routers, self.gates, self.heads = adapters, routers, gates, heads
+        for group in GROUPS:
+            value = getattr(self, group)
+            if value is not None and value < 0:
+                raise ValueError(f"{group}: {value} is negative")
+
+
+def parameter_groups(module: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Sorts a method's trainable parameters into the four groups; empty groups are left out."""
+    gates = {
+        id(router.get_parameter(name))
+        for router in module.modules()
+        if isinstance(router, Router)
+        for name in router.gate_names
+    }
+    groups: dict[str, list[nn.Parameter]] = {group: [] for group in GROUPS}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in gates:
+            groups["gates"].append(parameter)
+        elif ".factors." in name:
+            groups["adapters"].append(parameter)
+        elif name.startswith("heads."):
+            groups["heads"].append(parameter)
+        else:
+            groups["routers"].append(parameter)
+    return {group: parameters for group, parameters in groups.items() if parameters}
+
+
+def optimizer_groups(module: nn.Module, rates: GroupRates, decays: GroupRates) -> list[dict]:
+    """Returns the optimizer's parameter groups, named, with the rates and decays that were set."""
+    groups = []
+    for name, parameters in parameter_groups(module).items():
+        group: dict = {"params": parameters, "name": name}
+        if getattr(rates, name) is not None:
+            group["lr"] = getattr(rates, name)
+        if getattr(decays, name) is not None:
+            group["weight_decay"] = getattr(decays, name)
+        groups.append(group)
+    return groups
+
+
+class WarmupDecay(LambdaLR):
+    """Linear warm-up, then constant, linear or cosine decay to zero at the last step.
+
+    Args:
+        optimizer: given by the trainer.
+        warmup: steps of warm-up; below 1, a share of all steps.
+        decay: shape after warm-up.
+        total_steps: optimizer steps of the whole fit; None lets the module fill in the trainer's own estimate.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup: float = 0.05,
+        decay: Literal["constant", "linear", "cosine"] = "linear",
+        total_steps: int | None = None,
+    ) -> None:
+        if warmup < 0:
+            raise ValueError(f"warmup: {warmup} is negative")
+        self.warmup, self.decay, self.total_steps = warmup, decay, total_steps
+        super().__init__(optimizer, self.factor)
+
+    def factor(self, step: int) -> float:
+        """Returns the multiple of the base learning rate used at optimizer step `step` (from 0)."""
+        total = self.total_steps or 0
+        warmup = self.warmup * total if self.warmup < 1 else self.warmup
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if self.decay == "constant" or total <= warmup:
+            return 1.0
+        progress = min(1.0, (step - warmup) / (total - warmup))
+        return 1 - progress if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Fills in the length of the fit, unless it was given, and applies the factor of the current step."""
+        if self.total_steps is None:
+            self.total_steps = total_steps
+            for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+                group["lr"] = base * self.factor(self.last_epoch)

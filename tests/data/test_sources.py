@@ -1,0 +1,122 @@
+import gzip
+
+import pytest
+
+from moe_peft.data.sources import TaskFolder, TaskSource
+from tests.data.toys import choice_rows, class_rows, write_task
+
+
+def test_folder_gives_spec_and_completed_rows(make_task):
+    source = TaskFolder(str(make_task("toy", train=6)))
+    assert source.spec().name == "toy"
+    assert source.spec().choices == ("negative", "positive")
+    row = source.rows("train")[1]
+    assert (row["id"], row["target"], row["text_pair"], row["keyword"]) == ("1", "positive", "", "")
+    assert source.note == ""
+
+
+def test_gzipped_split_is_read(make_task):
+    folder = make_task("toy", train=6)
+    plain = folder / "train.jsonl"
+    with gzip.open(folder / "train.jsonl.gz", "wt") as file:
+        file.write(plain.read_text())
+    plain.unlink()
+    assert len(TaskFolder(str(folder)).rows("train")) == 6
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_missing_split_is_an_error_before_any_row_is_read(make_task, split):
+    folder = make_task("toy")
+    (folder / f"{split}.jsonl").unlink()
+    with pytest.raises(ValueError, match=f"has no {split}.jsonl or {split}.jsonl.gz; add"):
+        TaskFolder(str(folder)).spec()
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match="'.*nowhere' does not exist"):
+        TaskFolder(str(tmp_path / "nowhere")).spec()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_bad_task_json_is_named(make_task, text):
+    folder = make_task("toy")
+    (folder / "task.json").write_text(text)
+    with pytest.raises(ValueError, match="task.json'.*(correct it|add it)"):
+        TaskFolder(str(folder)).spec()
+
+
+def test_broken_line_is_named_by_number(make_task):
+    folder = make_task("toy", train=3)
+    with (folder / "train.jsonl").open("a") as file:
+        file.write("{not json\n")
+    with pytest.raises(ValueError, match="train.jsonl' line 4 "):
+        TaskFolder(str(folder)).rows("train")
+
+
+def test_truncated_gzip_is_named(make_task):
+    folder = make_task("toy")
+    (folder / "test.jsonl").unlink()
+    (folder / "test.jsonl.gz").write_bytes(gzip.compress(b'{"id": "1"}\n' * 999)[:-20])
+    with pytest.raises(ValueError, match="test.jsonl.gz' is damaged"):
+        TaskFolder(str(folder)).rows("test")
+
+
+def test_caps_take_a_fixed_random_subset(make_task):
+    folder = str(make_task("toy", train=50))
+    once, again = (TaskFolder(folder, train_rows=10).rows("train") for _ in range(2))
+    assert len(once) == 10 and once == again
+    assert once != TaskFolder(folder).rows("train")[:10]
+    assert len(TaskFolder(folder, test_rows=3).rows("test")) == 3
+
+
+def test_template_and_metric_can_be_replaced(make_task):
+    spec = TaskFolder(str(make_task("toy")), template="{text}?", metric="f1").spec()
+    assert (spec.template, spec.metric) == ("{text}?", "f1")
+
+
+def test_max_words_counts_prompt_and_longest_option(tmp_path):
+    rows = choice_rows(2)
+    rows[1]["choices"][2] = "a longer option"  # 3 words of prompt and 3 of option
+    folder = str(
+        write_task(tmp_path / "quiz", dict.fromkeys(("train", "validation", "test"), rows), "multiple_choice", "{text}")
+    )
+    assert [row["id"] for row in TaskFolder(folder, max_words=5).rows("train")] == ["0"]
+    assert [row["id"] for row in TaskFolder(folder, max_words=6).rows("train")] == ["0", "1"]
+    with pytest.raises(ValueError, match="max_words=3 leaves no train rows"):
+        TaskFolder(folder, max_words=3).rows("train")
+
+
+def test_rows_with_equal_options_are_dropped_on_demand(tmp_path):
+    rows = choice_rows(3)
+    rows[1]["choices"] = ["1", "2", "1"]
+    folder = str(write_task(tmp_path / "quiz", dict.fromkeys(("train", "validation", "test"), rows), "multiple_choice"))
+    assert [row["id"] for row in TaskFolder(folder, equal_options="drop").rows("test")] == ["0", "2"]
+    with pytest.raises(ValueError, match="equal"):
+        TaskFolder(folder).rows("test")
+
+
+def test_limit_below_one_is_refused(make_task):
+    with pytest.raises(ValueError, match="test_rows=0"):
+        TaskFolder(str(make_task("toy")), test_rows=0)
+
+
+def test_a_source_of_ones_own_needs_two_methods():
+    class Mine(TaskSource):
+        def _read_spec(self):
+            from moe_peft.data.tasks import TaskSpec
+
+            return TaskSpec("mine", "classification", "accuracy", "{text}", ("negative", "positive"))
+
+        def _read_rows(self, split):
+            return class_rows(4)
+
+    assert len(Mine(train_rows=2).rows("train")) == 2
+
+
+def test_all_real_task_folders_load(data_root):
+    sources = [
+        TaskFolder(str(folder), equal_options="drop") for folder in sorted(data_root.iterdir()) if folder.is_dir()
+    ]
+    assert len(sources) == 22
+    for source in sources:
+        assert min(len(source.rows(split)) for split in ("train", "validation", "test")) > 100

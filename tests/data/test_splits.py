@@ -1,0 +1,64 @@
+from moe_peft.data.splits import cut, drop_repeats, stable_seed, subset
+
+FRACTIONS = {"train": 0.7, "validation": 0.1, "test": 0.2}
+
+
+def rows(count):
+    return [{"id": str(i), "text": f"t{i}", "choices": ["a", "b"], "label": 0, "target": "a"} for i in range(count)]
+
+
+def test_a_group_stays_in_one_split():
+    groups = [str(i // 4) for i in range(200)]
+    splits = cut(rows(200), groups, FRACTIONS, seed=0)
+    where = {split: {int(row["id"]) // 4 for row in part} for split, part in splits.items()}
+    assert where["train"].isdisjoint(where["test"] | where["validation"]) and where["test"].isdisjoint(
+        where["validation"]
+    )
+    assert sum(len(part) for part in splits.values()) == 200
+
+
+def test_shares_are_kept():
+    sizes = {split: len(part) for split, part in cut(rows(1000), [str(i) for i in range(1000)], FRACTIONS, 0).items()}
+    assert sizes == {"train": 700, "validation": 100, "test": 200}
+
+
+def test_test_rows_do_not_move_when_the_other_shares_change():
+    names = [str(i) for i in range(500)]
+    one = cut(rows(500), names, FRACTIONS, 0)["test"]
+    other = cut(rows(500), names, {"train": 0.5, "validation": 0.3, "test": 0.2}, 0)["test"]
+    assert one == other
+
+
+def test_stable_seed_is_the_same_in_every_process():
+    # printf 'sst2\0train' | sha256sum | cut -c1-16
+    assert stable_seed("sst2", "train") == 0x5237FAF84C5F7ECB
+
+
+def test_a_repeat_stays_in_test_only():
+    a, b, c = rows(3)
+    splits = drop_repeats({"train": [a, b], "validation": [c, {**a, "id": "v"}], "test": [{**a, "id": "t"}]}, True)
+    assert {split: [row["id"] for row in part] for split, part in splits.items()} == {
+        "train": ["1"],
+        "validation": ["2"],
+        "test": ["t"],
+    }
+
+
+def test_contradicting_answers_are_dropped_everywhere():
+    row = rows(1)[0]
+    splits = drop_repeats({"train": [row], "test": [{**row, "id": "x", "label": 1, "target": "b"}]}, True)
+    assert splits == {"train": [], "test": []}
+
+
+def test_other_options_make_another_multiple_choice_example():
+    row = rows(1)[0]
+    other = {**row, "id": "x", "choices": ["a", "z"]}
+    assert len(drop_repeats({"train": [row], "test": [other]}, True)["train"]) == 1
+    assert len(drop_repeats({"train": [row], "test": [other]}, False)["train"]) == 0
+
+
+def test_a_smaller_subset_lies_within_a_larger_one():
+    small, large = (subset(rows(100), count, "toy", "train") for count in (10, 40))
+    assert len(small) == 10 and all(row in large for row in small)
+    assert [int(row["id"]) for row in large] == sorted(int(row["id"]) for row in large)
+    assert small != rows(100)[:10]

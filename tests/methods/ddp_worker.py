@@ -1,0 +1,80 @@
+"""Fits a T-REX on one process or two and writes what it found: `python ddp_worker.py <processes> <file> <loss_mean>`.
+
+The global batch is the same either way; of two processes each takes every second row.
+"""
+
+import sys
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from moe_peft.batch import IGNORE_INDEX, Batch
+from moe_peft.methods.trex import TRex
+from tests.tiny import batch_of, build, fit_prior, random_batch, randomise
+
+STEPS, ROWS = 3, 5  # an odd number: two processes hold unequal shares
+
+
+class Share(Dataset):
+    """One process's rows of every global batch."""
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __getitem__(self, step: int) -> Batch:
+        whole = random_batch(ROWS, seed=100 + step)
+        rank = torch.distributed.get_rank() if self.processes > 1 else 0
+        rows = list(range(rank, ROWS, self.processes))
+        prompts = [whole["input_ids"][row][whole["prompt_mask"][row]].tolist() for row in rows]
+        answers = [whole["labels"][row][whole["labels"][row] != IGNORE_INDEX].tolist() for row in rows]
+        own = batch_of(prompts, answers)
+        own["task_id"] = whole["task_id"][rows]
+        own["rows_share"] = whole["rows_share"] / self.processes
+        own["tokens_share"] = whole["tokens_share"] / self.processes
+        return own
+
+
+class Watch(pl.Callback):
+    """Keeps every step's gradients, after they were averaged over the processes."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+        self.losses: list[Tensor] = []
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: object) -> None:
+        own = pl_module.named_parameters()
+        self.gradients.append({name: p.grad.clone() for name, p in own if p.grad is not None})
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        self.losses.append(trainer.callback_metrics["train/loss"].clone())
+
+
+def main(processes: int, result: str, loss_mean: str) -> None:
+    module = build(TRex, r1=2, r2=3, loss_mean=loss_mean, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
+    randomise(module)
+    fit_prior(module)
+    watch = Watch()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
+        use_distributed_sampler=False,
+        max_epochs=1,
+        callbacks=[watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(Share(processes), batch_size=None))
+    if trainer.is_global_zero:
+        torch.save({"losses": watch.losses, "gradients": watch.gradients, "state": module.adapter_state()}, result)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

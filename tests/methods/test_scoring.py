@@ -1,0 +1,92 @@
+"""Scores of options: the packed form against one sequence per option; the loss against a hand-written one."""
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+from moe_peft.batch import Batch
+from moe_peft.data.collate import Collator
+from moe_peft.data.encoding import EncodedRow
+from moe_peft.methods.evaluation import predict_rows
+from moe_peft.methods.lora import LoRA
+from moe_peft.methods.scoring import answer_nll
+from moe_peft.methods.trex import TRex
+from tests.tiny import build, fit_prior, random_batch, randomise
+
+
+def encoded(name: str, prompt: list[int], options: list[list[int]]) -> EncodedRow:
+    row = {"id": name, "text": "t", "choices": [str(option) for option in options], "label": 0, "target": "x"}
+    return EncodedRow(
+        task_id=0,
+        row_id=f"tone/{name}",
+        text="t",
+        prompt=prompt,
+        answer=options[0],
+        options=options,
+        target=0,
+        row=row,
+        truncated=0,
+    )
+
+
+ROWS = [
+    encoded("a", [5, 6, 7, 8, 9, 10], [[11], [12, 13, 14]]),
+    encoded("b", [20, 21], [[30, 31], [32], [33, 34, 35, 36]]),
+    encoded("c", [40, 41, 42], [[50], [51]]),
+]
+
+
+def flat_score(module, prompt: list[int], option: list[int]) -> float:
+    """Plain form: one sequence, full logits, fp32 log-softmax."""
+    ids = torch.tensor([prompt + option])
+    mask = torch.ones_like(ids)
+    prompt_mask = torch.tensor([[True] * len(prompt) + [False] * len(option)])
+    module.begin(Batch(input_ids=ids, attention_mask=mask, prompt_mask=prompt_mask, task_id=torch.zeros(1).long()))
+    logits = module.model(input_ids=ids, attention_mask=mask).logits[0]
+    at = torch.arange(len(prompt), ids.shape[1])
+    return log_softmax(logits, -1)[at - 1, ids[0, at]].sum().item()
+
+
+@pytest.mark.parametrize("method", [LoRA, TRex])
+@torch.no_grad()
+def test_packed_options_score_as_their_own_sequences(method):
+    module = build(method)
+    if module.prior is not None:
+        fit_prior(module)
+    untouched = predict_rows(module, Collator("causal", 0).evaluate(ROWS))
+    randomise(module)
+    packed = predict_rows(module.eval(), Collator("causal", 0).evaluate(ROWS))
+    for row, prediction, before in zip(ROWS, packed, untouched, strict=True):
+        flat = [flat_score(module, row.prompt, option) for option in row.options]
+        assert prediction.scores == pytest.approx(flat, abs=1e-5)
+        assert prediction.scores != pytest.approx(before.scores, abs=1e-3)
+
+
+@torch.no_grad()
+def test_seq2seq_options_score_as_their_own_sequences():
+    module = build(LoRA, "seq2seq")
+    randomise(module)
+    predictions = predict_rows(module.eval(), Collator("seq2seq", 0).evaluate(ROWS))
+    for row, prediction in zip(ROWS, predictions, strict=True):
+        for option, score in zip(row.options, prediction.scores, strict=True):
+            ids = torch.tensor([row.prompt])
+            module.context.begin(ids, torch.ones_like(ids))
+            logits = module.model(input_ids=ids, labels=torch.tensor([option])).logits[0]
+            plain = log_softmax(logits, -1)[torch.arange(len(option)), torch.tensor(option)].sum()
+            assert score == pytest.approx(plain.item(), abs=1e-5)
+
+
+def test_answer_loss_is_the_models_own_loss_per_row():
+    module = build(LoRA)
+    randomise(module)
+    batch = random_batch(rows=3)
+    module.begin(batch)
+    nll = answer_nll(module.backbone, module.model, batch).sum(1) / (batch["labels"] != -100).sum(1)
+    for i in range(3):
+        real = batch["attention_mask"][i].bool()
+        own = {"input_ids": batch["input_ids"][i : i + 1, real], "labels": batch["labels"][i : i + 1, real]}
+        with module.context.disabled():
+            bare = module.model(**own).loss
+        module.context.begin(own["input_ids"], torch.ones_like(own["input_ids"]))
+        assert nll[i].item() == pytest.approx(module.model(**own).loss.item(), abs=1e-5)
+        assert abs(nll[i].item() - bare.item()) > 1e-3

@@ -1,0 +1,71 @@
+"""Parameter counts against the closed formulas and the published figures (meta device)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_peft.counting import build_on_meta, count_parameters, model_parser
+
+ROOT = Path(__file__).parents[1]
+# Trainable counts on nine bases: T-REX 4x8, LoRA r=32, rank1 r=32; from r1*D + r2*O + r1*r2*D + 2 and its relatives,
+# summed over all linears but the output head; the T-REX column was checked against the official code.
+COUNTS = {
+    "llama2-7b": (6_738_415_616, 51_872_192, 79_953_920, 116_392_384),
+    "llama2-13b": (13_015_864_320, 81_183_280, 125_173_760, 182_190_640),
+    "llama3-8b": (8_030_261_248, 55_837_120, 83_886_080, 123_732_416),
+    "mistral-7b": (7_241_732_096, 55_837_120, 83_886_080, 123_732_416),
+    "tinyllama-1.1b": (1_100_048_384, 17_346_868, 25_231_360, 37_847_348),
+    "llama3.2-1b": (1_235_814_400, 14_811_360, 22_544_384, 33_030_368),
+    "gemma-2b": (2_506_172_416, 24_256_764, 39_223_296, 55_738_620),
+    "gemma-7b": (8_537_680_896, 59_523_464, 100_007_936, 139_461_000),
+    "qwen2.5-0.5b": (494_032_768, 11_280_720, 17_596_416, 25_461_072),
+}
+
+
+def counts_of(*arguments: str, tasks: int = 8) -> dict:
+    config = model_parser().parse_args(list(arguments))
+    return count_parameters(build_on_meta(config, tasks))
+
+
+@pytest.mark.parametrize("base", COUNTS)
+@pytest.mark.parametrize("column, method", enumerate(["trex", "lora-r32", "mor1e"], start=1))
+def test_count_equals_the_published_figure(base, column, method):
+    counts = counts_of(f"--config={ROOT}/configs/paper/{method}.yaml", f"--config={ROOT}/configs/bases/{base}.yaml")
+    assert counts["base"] == COUNTS[base][0]
+    assert counts["trainable"] == COUNTS[base][column]
+    assert counts["trainable"] == sum(counts[part] for part in ("factors", "router", "gates", "prior", "heads"))
+
+
+def test_options_move_the_right_part():
+    base = [f"--config={ROOT}/configs/paper/trex.yaml", f"--config={ROOT}/configs/bases/llama2-13b.yaml"]
+    assert counts_of(*base, "--model.factorised_router=true")["trainable"] == 45_548_080
+    projected = counts_of(*base, "--model.clusters=16")
+    assert projected["prior"] == 280 * 32 * 16
+    assert projected["router"] == 57_016_320
+
+
+def test_heads_are_counted_for_a_classifier():
+    counts = counts_of(
+        f"--config={ROOT}/configs/paper/lora-r32.yaml", f"--config={ROOT}/configs/bases/minilm-l6.yaml", tasks=3
+    )
+    assert counts["heads"] == 3 * 2 * (384 + 1)
+    assert counts["base"] == 22_565_376
+
+
+def test_the_tool_prints_json_last():
+    command = [sys.executable, "tools/count_parameters.py", "--config=configs/paper/trex.yaml"]
+    done = subprocess.run(
+        [*command, "--config=configs/bases/smollm2-135m.yaml"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["base"] == 134_515_008
+    assert set(counts) == {"base", "trainable", "percent", "factors", "router", "gates", "prior", "heads"}
+
+
+def test_an_unknown_target_is_named():
+    base = [f"--config={ROOT}/configs/paper/lora-r32.yaml", f"--config={ROOT}/configs/bases/llama2-7b.yaml"]
+    with pytest.raises(ValueError, match="no_such.*q_proj"):
+        counts_of(*base, "--model.targets=[no_such]")

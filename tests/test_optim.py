@@ -1,0 +1,155 @@
+"""Parameter groups, their rates, and the schedule against factors computed by hand."""
+
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from moe_peft.methods.lora import LoRA
+from moe_peft.methods.trex import TRex
+from moe_peft.optim import GroupRates, WarmupDecay, optimizer_groups, parameter_groups
+from tests.tiny import build, fit_prior, random_batch
+
+
+def names_of(module):
+    """Returns the group of every trainable parameter, by name."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {names[id(p)]: group for group, members in parameter_groups(module).items() for p in members}
+
+
+@pytest.mark.parametrize("kind", ["causal", "classifier"])
+def test_every_trainable_parameter_is_in_exactly_one_group(kind):
+    module = build(TRex, kind, clusters=5)
+    groups = parameter_groups(module)
+    members = [id(parameter) for group in groups.values() for parameter in group]
+    assert len(members) == len(set(members))
+    assert set(members) == {id(p) for p in module.parameters() if p.requires_grad}
+    ends = {"A": "adapters", "B": "adapters", "omega": "gates", "magnitude": "gates", "projection": "routers"}
+    for name, group in names_of(module).items():
+        expected = "heads" if name.startswith("heads.") else ends.get(name.rsplit(".", 1)[-1], "routers")
+        assert group == expected, name
+    assert list(groups) == ["adapters", "routers", "gates", "heads"][: 4 if kind == "classifier" else 3]
+
+
+def test_empty_groups_are_left_out():
+    assert list(parameter_groups(build(LoRA))) == ["adapters"]
+
+
+def test_groups_do_not_depend_on_the_parameters_state():
+    module = build(TRex)
+    before = names_of(module)
+    for parameter in module.parameters():
+        parameter.data.fill_(1.0)
+    assert names_of(module) == before
+
+
+def test_rates_and_decays_reach_their_groups_and_others_keep_the_optimizers_own():
+    module = build(TRex, "classifier")
+    groups = optimizer_groups(module, GroupRates(routers=0.2, heads=0.0), GroupRates(gates=0.5))
+    optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.01)
+    found = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert found == {"adapters": (0.1, 0.01), "routers": (0.2, 0.01), "gates": (0.1, 0.5), "heads": (0.0, 0.01)}
+
+
+@pytest.mark.parametrize("group", ["adapters", "routers", "gates", "heads"])
+def test_a_negative_rate_is_refused(group):
+    with pytest.raises(ValueError, match=f"{group}: -0.1 is negative"):
+        GroupRates(**{group: -0.1})
+
+
+def schedule(total_steps=20, lrs=(1.0,), **options):
+    parameters = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs]
+    optimizer = torch.optim.SGD(parameters)
+    return optimizer, WarmupDecay(optimizer, total_steps=total_steps, **options)
+
+
+def rates(optimizer, scheduler, steps):
+    found = []
+    for _ in range(steps):
+        found.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("warmup", [4, 0.2])
+@pytest.mark.parametrize(
+    ("decay", "after"),
+    [
+        ("constant", lambda step: 1.0),
+        ("linear", lambda step: 1 - (step - 4) / 16),
+        ("cosine", lambda step: (1 + math.cos(math.pi * (step - 4) / 16)) / 2),
+    ],
+)
+def test_the_factors_by_hand(warmup, decay, after):
+    expected = [1 / 5, 2 / 5, 3 / 5, 4 / 5] + [after(step) for step in range(4, 20)]
+    found = rates(*schedule(warmup=warmup, decay=decay), 20)
+    assert [rate for (rate,) in found] == pytest.approx(expected)
+
+
+def test_the_rate_is_zero_at_the_end_and_stays_there():
+    optimizer, scheduler = schedule(warmup=0, decay="linear")
+    assert rates(optimizer, scheduler, 22)[20:] == [[0.0], [0.0]]
+
+
+def test_no_warm_up_starts_at_the_full_rate():
+    assert rates(*schedule(warmup=0, decay="constant"), 2) == [[1.0], [1.0]]
+
+
+def test_a_warm_up_of_one_step_is_a_step_and_not_a_share():
+    assert [rate for (rate,) in rates(*schedule(warmup=1, decay="constant"), 3)] == [0.5, 1.0, 1.0]
+
+
+def test_every_group_is_scaled_from_its_own_rate():
+    assert rates(*schedule(lrs=(1.0, 0.1), warmup=4), 1) == [[0.2, pytest.approx(0.02)]]
+
+
+def test_the_length_is_filled_in_once_and_acts_at_the_first_step():
+    optimizer, scheduler = schedule(None, warmup=0.2)
+    scheduler.set_total_steps(20)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1 / 5)
+    scheduler.set_total_steps(1000)
+    assert scheduler.total_steps == 20
+
+
+def test_a_given_length_wins():
+    optimizer, scheduler = schedule(20, warmup=0.2)
+    scheduler.set_total_steps(1000)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1 / 5)
+
+
+def test_the_schedule_survives_a_save():
+    optimizer, scheduler = schedule(20, warmup=4)
+    rates(optimizer, scheduler, 3)
+    other_optimizer, other = schedule(20, warmup=4)
+    other.load_state_dict(scheduler.state_dict())
+    other_optimizer.load_state_dict(optimizer.state_dict())
+    assert rates(other_optimizer, other, 5) == rates(optimizer, scheduler, 5)
+
+
+def test_a_negative_warm_up_is_refused():
+    with pytest.raises(ValueError, match="warmup: -1 is negative"):
+        schedule(warmup=-1)
+
+
+def test_a_fit_steps_the_schedule_every_optimizer_step(tmp_path):
+    """Two micro-batches per step, three steps: the gates' rate follows the schedule, from its own start."""
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            seen.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+
+    module = build(TRex, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), scheduler=lambda o: WarmupDecay(o, 2))
+    fit_prior(module)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=4, accumulate_grad_batches=2, callbacks=[Watch()], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader([random_batch(2)] * 8, batch_size=None))
+    factors = [1 / 3, 2 / 3, 1.0, 0.5]
+    assert [step["gates"] for step in seen] == pytest.approx([5e-5 * factor for factor in factors])
+    assert [step["adapters"] for step in seen] == pytest.approx([1e-3 * factor for factor in factors])
