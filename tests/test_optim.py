@@ -60,7 +60,7 @@ def test_a_negative_rate_is_refused(group):
         GroupRates(**{group: -0.1})
 
 
-def schedule(total_steps=20, lrs=(1.0,), **options):
+def schedule(total_steps: int | None = 20, lrs=(1.0,), **options):
     parameters = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs]
     optimizer = torch.optim.SGD(parameters)
     return optimizer, WarmupDecay(optimizer, total_steps=total_steps, **options)
@@ -128,6 +128,17 @@ def test_the_schedule_survives_a_save():
     other.load_state_dict(scheduler.state_dict())
     other_optimizer.load_state_dict(optimizer.state_dict())
     assert rates(other_optimizer, other, 5) == rates(optimizer, scheduler, 5)
+
+
+def test_a_resumed_longer_fit_follows_its_own_length():
+    """Else every step past the old end is taken at a rate of zero, whatever max_steps says."""
+    optimizer, scheduler = schedule(20, warmup=0)
+    rates(optimizer, scheduler, 20)
+    longer_optimizer, longer = schedule(None, warmup=0)
+    longer.set_total_steps(40)
+    longer_optimizer.load_state_dict(optimizer.state_dict())
+    longer.load_state_dict(scheduler.state_dict())
+    assert rates(longer_optimizer, longer, 3)[1:] == [[pytest.approx(1 - 21 / 40)], [pytest.approx(1 - 22 / 40)]]
 
 
 def test_a_negative_warm_up_is_refused():

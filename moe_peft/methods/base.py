@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_peft.backbones import Backbone, Classifier
 from moe_peft.batch import IGNORE_INDEX, Batch
@@ -116,6 +117,7 @@ class MultitaskModule(EvaluationSteps):
         if self.backbone.gradient_checkpointing:
             checkpointing = {"use_reentrant": False, "context_fn": self.context.checkpoint_fns}
             model.gradient_checkpointing_enable(checkpointing)  # type: ignore[operator]
+        self.train(self.training)
 
     def built(self) -> nn.Module:
         """Returns the adapted model, building it if need be."""
@@ -137,8 +139,8 @@ class MultitaskModule(EvaluationSteps):
             for layer in self.adapted.values():
                 layer.train(mode)
             for block in self.model.modules():
-                if getattr(block, "gradient_checkpointing", False):
-                    block.training = mode  # HF recomputes only blocks whose flag says training
+                if isinstance(block, GradientCheckpointingLayer):
+                    block.training = mode  # HF recomputes only blocks whose own flag says training
         return self
 
     # ---- forward and loss -------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_16_another_base_is_refused(tmp_path):
 
 def test_17_an_unfitted_prior_is_an_error():
     module = build(TRex)
-    with pytest.raises(ValueError, match="not fitted"):
+    with pytest.raises(ValueError, match="semantic prior is not fitted.*SemanticPriorFit"):
         module(random_batch())
 
 
