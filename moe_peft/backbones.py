@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 CACHE = Path(os.environ.get("MOE_PEFT_CACHE", "~/.cache/moe_peft")).expanduser()
@@ -126,7 +127,7 @@ class Backbone:
         """Calls `auto.from_pretrained`, turning a missing hub or folder into one line."""
         try:
             return auto.from_pretrained(source, revision=self.revision, **kwargs)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"backbone {self.name!r} cannot be read ({reason}): "
@@ -167,7 +168,8 @@ class Backbone:
     def fingerprint(self, model: nn.Module) -> str:
         """Identifies the frozen weights: a hash of their names, shapes and a strided sample of their values.
 
-        It does not depend on dtype, path or machine, and adapters do not enter it.
+        The same weights in float32 or bfloat16 have one fingerprint; path and machine do not matter, and adapters do
+        not enter it.
         """
         digest = hashlib.sha256()
         for name, parameter in sorted(model.state_dict().items()):

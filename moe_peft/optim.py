@@ -5,7 +5,7 @@ learning rate and weight decay; which group a parameter belongs to is decided by
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -108,6 +108,11 @@ class WarmupDecay(LambdaLR):
             return 1.0
         progress = min(1.0, (step - warmup) / (total - warmup))
         return 1 - progress if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position only: shape and length come from the configuration, also in a resumed, longer fit."""
+        own = {"warmup", "decay", "total_steps"}
+        return {name: value for name, value in super().state_dict().items() if name not in own}
 
     def set_total_steps(self, total_steps: int) -> None:
         """Fills in the length of the fit, unless it was given, and applies the factor of the current step."""

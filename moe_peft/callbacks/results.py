@@ -15,12 +15,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from moe_peft import __version__
-from moe_peft.backbones import Backbone
+from moe_peft.backbones import CACHE, Backbone
 from moe_peft.data.tasks import TaskSpec
 from moe_peft.predictions import Prediction, Ranking, majority_predictions
 from moe_peft.report import Facts, Report
 
-DEFAULT_CACHE = "~/.cache/moe_peft/base"
+DEFAULT_CACHE = CACHE / "base"
 PROTOCOL = "summed log-likelihood of the option text, no end token; greedy generation"
 """Part of the cache's key: change it when the way rows are scored changes."""
 
@@ -59,7 +59,7 @@ class Results(Callback):
     """
 
     def __init__(self, cache_dir: str | None = None, base_row: bool = True, save_predictions: bool = False) -> None:
-        self.cache_dir = Path(cache_dir or DEFAULT_CACHE).expanduser()
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else DEFAULT_CACHE
         self.base_row = base_row
         self.save_predictions = save_predictions
         self._fitted = False

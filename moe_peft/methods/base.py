@@ -114,6 +114,8 @@ class MultitaskModule(EvaluationSteps):
         if self.prior is not None:
             self.prior.bind(self.backbone, model, self.context)
         model.register_forward_pre_hook(self._check_input, with_kwargs=True)
+        if self.backbone.kind == "seq2seq":  # generate() calls the encoder past the model's own forward
+            model.get_encoder().register_forward_pre_hook(self._check_input, with_kwargs=True)  # type: ignore[operator]
         if self.backbone.gradient_checkpointing:
             checkpointing = {"use_reentrant": False, "context_fn": self.context.checkpoint_fns}
             model.gradient_checkpointing_enable(checkpointing)  # type: ignore[operator]
