@@ -19,6 +19,18 @@ from torch import nn
 CACHE = Path(os.environ.get("MOE_PEFT_CACHE", "~/.cache/moe_peft")).expanduser()
 """Where dequantised models, embeddings and the bare base's predictions are kept."""
 
+INCIDENTAL = {
+    *("dtype", "torch_dtype", "transformers_version", "architectures", "use_cache", "quantization_config"),
+    *("output_hidden_states", "output_attentions", "return_dict", "id2label", "label2id", "problem_type"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "chunk_size_feed_forward", "is_encoder_decoder"),
+}
+"""Fields of a configuration that do not change what the model computes."""
+PACKABLE = {
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2"),
+    *("smollm3", "granite", "stablelm", "gpt2", "gpt_neox", "opt"),
+}
+"""Model types whose attention obeys a 4-D mask as given (see `Backbone.packs_options`)."""
+
 
 def resolve_name(name: str) -> str:
     """Turns `package:<module>[/<folder>]` into that installed package's folder; other names pass through.
@@ -120,8 +132,33 @@ class Backbone:
         if torch.get_default_device().type == "meta" or self.random_weights:
             model = auto.from_config(self.config(), dtype=self.dtype)
         else:
-            model = self._read(auto, self._source(), dtype=self.dtype)
+            model, report = self._read(auto, self._source(), dtype=self.dtype, output_loading_info=True)
+            self._check_loaded(model.config.to_dict(), sorted(report["missing_keys"]))
         return model.requires_grad_(False).eval()
+
+    def _check_loaded(self, config: dict[str, Any], missing: list[str]) -> None:
+        """Raises if the files lack weights (they would be random) or are of another shape than configured."""
+        missing = [name for name in missing if "pooler" not in name]
+        if missing:
+            raise ValueError(
+                f"backbone {self.name!r}: its files lack {len(missing)} weights, first {missing[0]!r}; "
+                f"{type(self).__name__} is the wrong class for them, or the download is incomplete"
+            )
+        for field, value in (self.shape or {}).items():
+            if field in config and config[field] != value:
+                raise ValueError(
+                    f"backbone {self.name!r}: shape says {field} {value}, its files {config[field]}; correct it"
+                )
+
+    def packs_options(self, max_length: int) -> bool:
+        """Whether a row's options may be scored side by side behind one prompt, under a 4-D attention mask.
+
+        Only models known to obey such a mask and explicit positions do; a sliding window that sequences of
+        `max_length` could outgrow is left out of that mask by transformers, so such models score options one by one.
+        """
+        config = self.config()
+        window = getattr(config, "sliding_window", None)
+        return self.kind == "causal" and config.model_type in PACKABLE and (window is None or window > max_length)
 
     def _read(self, auto: Any, source: str, **kwargs: Any) -> Any:
         """Calls `auto.from_pretrained`, turning a missing hub or folder into one line."""
@@ -144,7 +181,7 @@ class Backbone:
         if not file.is_file():
             raise ValueError(f"gguf_file: {str(file)!r} does not exist")
         digest = self.sha256 or _sha256(file)
-        folder = CACHE / "gguf" / digest[:16]
+        folder = CACHE / "gguf" / f"{digest[:16]}-{self.auto_class}"
         if (folder / "config.json").is_file():
             return folder
         if _sha256(file) != digest:
@@ -156,7 +193,7 @@ class Backbone:
         parent = str(file.parent)
         config = transformers.GgufConfig(dequantize=True)
         auto = getattr(transformers, self.auto_class)
-        model = auto.from_pretrained(parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=config)
+        model = auto.from_pretrained(parent, gguf_file=file.name, dtype=torch.float32, quantization_config=config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(parent, gguf_file=file.name)
         temporary = folder.with_suffix(f".{os.getpid()}")
         model.save_pretrained(temporary)
@@ -166,19 +203,21 @@ class Backbone:
         return folder
 
     def fingerprint(self, model: nn.Module) -> str:
-        """Identifies the frozen weights: a hash of their names, shapes and a strided sample of their values.
+        """Identifies the frozen model: a hash of configuration, names, shapes and sampled values.
 
         The same weights in float32 or bfloat16 have one fingerprint; path and machine do not matter, and adapters do
         not enter it.
         """
-        digest = hashlib.sha256()
+        config = model.config.to_dict()  # type: ignore[operator]
+        telling = {key: value for key, value in config.items() if key not in INCIDENTAL and not key.startswith("_")}
+        digest = hashlib.sha256(json.dumps(telling, sort_keys=True, default=str).encode())
         for name, parameter in sorted(model.state_dict().items()):
             if "factors." in name or "router." in name:
                 continue
             name = name.replace(".base.", ".")
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             flat = parameter.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)].float().cpu().to(torch.bfloat16)
+            sample = flat[:: max(1, flat.numel() // 1024)].float().cpu().to(torch.bfloat16)
             digest.update(sample.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
 

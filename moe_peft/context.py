@@ -99,9 +99,9 @@ class RoutingContext:
             )
 
     def record(self, slot: str, routing: Routing) -> None:
-        """Keeps the routing of one layer, by slot, so that a recomputed forward does not count twice."""
+        """Keeps a layer's first routing of the batch: the prefill's, where generation goes on token by token."""
         if self.recording:
-            self.records[slot] = routing
+            self.records.setdefault(slot, routing)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:

@@ -16,13 +16,13 @@ from moe_peft.layers.routers import Router
 GROUPS = ("adapters", "routers", "gates", "heads")
 
 
-class GroupRates:
+class PerGroup:
     """One optional number per parameter group; None keeps the optimizer's own value.
 
     Args:
         adapters: factors (A, B, tensor-train cores).
         routers: router weights and projections.
-        gates: scalar gates (T-REX's ω and m: slope 100 makes a step of 5e-3 switch a layer off).
+        gates: scalar gates (T-REX's ω and m).
         heads: classifier heads.
     """
 
@@ -38,6 +38,30 @@ class GroupRates:
             value = getattr(self, group)
             if value is not None and value < 0:
                 raise ValueError(f"{group}: {value} is negative")
+
+
+class WeightDecays(PerGroup):
+    """Weight decay per parameter group."""
+
+
+class LearningRates(PerGroup):
+    """Learning rate per parameter group.
+
+    Args:
+        adapters: factors (A, B, tensor-train cores).
+        routers: router weights and projections.
+        gates: scalar gates (T-REX's ω and m); their slope of 100 makes a step of 5e-3 switch a layer off.
+        heads: classifier heads.
+    """
+
+    def __init__(
+        self,
+        adapters: float | None = None,
+        routers: float | None = None,
+        gates: float | None = 5e-5,
+        heads: float | None = None,
+    ) -> None:
+        super().__init__(adapters, routers, gates, heads)
 
 
 def parameter_groups(module: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -63,7 +87,7 @@ def parameter_groups(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {group: parameters for group, parameters in groups.items() if parameters}
 
 
-def optimizer_groups(module: nn.Module, rates: GroupRates, decays: GroupRates) -> list[dict]:
+def optimizer_groups(module: nn.Module, rates: LearningRates, decays: WeightDecays) -> list[dict]:
     """Returns the optimizer's parameter groups, named, with the rates and decays that were set."""
     groups = []
     for name, parameters in parameter_groups(module).items():

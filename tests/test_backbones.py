@@ -128,7 +128,7 @@ def test_a_fingerprint_sees_other_weights(kind):
     assert backbone.fingerprint(model) == found
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fingerprint_does_not_see_the_dtype(kind, dtype):
     """Weights as they are published (bfloat16 values), loaded in any dtype that can hold them."""
@@ -153,6 +153,43 @@ def test_a_fingerprint_does_not_see_adapters(kind):
     assert module.fingerprint == bare == module.backbone.fingerprint(module.model)
     randomise(module)
     assert module.backbone.fingerprint(module.model) == bare
+
+
+def test_a_fingerprint_sees_the_configuration():
+    backbone, model = loaded("causal")
+    found = backbone.fingerprint(model)
+    model.config.rope_parameters = model.config.rope_parameters | {"rope_theta": 5e5}
+    assert backbone.fingerprint(model) != found
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_a_head_is_no_language_model(tmp_path):
+    model = Classifier("x", dtype="float32", shape=LLAMA, random_weights=True).load()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lack 1 weights, first 'lm_head.weight'"):
+        CausalLM(str(tmp_path), dtype="float32").load()
+
+
+def test_files_of_another_shape_than_configured_are_refused(tmp_path):
+    loaded("causal")[1].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="shape says hidden_size 64, its files 32"):
+        CausalLM(str(tmp_path), dtype="float32", shape=LLAMA | {"hidden_size": 64}).load()
+
+
+@pytest.mark.parametrize(
+    ("shape", "packs"),
+    [
+        (LLAMA, True),
+        ({"model_type": "mistral", "sliding_window": 64}, False),
+        ({"model_type": "mistral", "sliding_window": 4096}, True),
+        ({"model_type": "bloom"}, False),
+        ({"model_type": "mamba"}, False),
+    ],
+)
+def test_only_models_that_obey_a_block_mask_pack_options(shape, packs):
+    assert CausalLM("x", shape=shape, random_weights=True).packs_options(128) is packs
 
 
 # ---- pooling ---------------------------------------------------------------------------------------------------------

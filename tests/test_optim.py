@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from moe_peft.methods.lora import LoRA
 from moe_peft.methods.trex import TRex
-from moe_peft.optim import GroupRates, WarmupDecay, optimizer_groups, parameter_groups
+from moe_peft.optim import LearningRates, WarmupDecay, WeightDecays, optimizer_groups, parameter_groups
 from tests.tiny import build, fit_prior, random_batch
 
 
@@ -48,16 +48,16 @@ def test_groups_do_not_depend_on_the_parameters_state():
 
 def test_rates_and_decays_reach_their_groups_and_others_keep_the_optimizers_own():
     module = build(TRex, "classifier")
-    groups = optimizer_groups(module, GroupRates(routers=0.2, heads=0.0), GroupRates(gates=0.5))
+    groups = optimizer_groups(module, LearningRates(routers=0.2, heads=0.0), WeightDecays(gates=0.5))
     optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.01)
     found = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
-    assert found == {"adapters": (0.1, 0.01), "routers": (0.2, 0.01), "gates": (0.1, 0.5), "heads": (0.0, 0.01)}
+    assert found == {"adapters": (0.1, 0.01), "routers": (0.2, 0.01), "gates": (5e-5, 0.5), "heads": (0.0, 0.01)}
 
 
 @pytest.mark.parametrize("group", ["adapters", "routers", "gates", "heads"])
 def test_a_negative_rate_is_refused(group):
     with pytest.raises(ValueError, match=f"{group}: -0.1 is negative"):
-        GroupRates(**{group: -0.1})
+        LearningRates(**{group: -0.1})
 
 
 def schedule(total_steps: int | None = 20, lrs=(1.0,), **options):

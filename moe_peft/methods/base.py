@@ -21,7 +21,7 @@ from moe_peft.layers.prior import SemanticPrior
 from moe_peft.methods.evaluation import EvaluationSteps
 from moe_peft.methods.heads import TaskHeads
 from moe_peft.methods.scoring import answer_nll, pooled_features
-from moe_peft.optim import GroupRates, WarmupDecay, optimizer_groups
+from moe_peft.optim import LearningRates, WarmupDecay, WeightDecays, optimizer_groups
 from moe_peft.predictions import Ranking
 
 
@@ -60,8 +60,8 @@ class MultitaskModule(EvaluationSteps):
         targets: str | list[str] = "all-linear",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = WarmupDecay,
-        lr: GroupRates | None = None,
-        weight_decay: GroupRates | None = None,
+        lr: LearningRates | None = None,
+        weight_decay: WeightDecays | None = None,
         loss_mean: Literal["row", "token"] = "row",
         ranking: Ranking = "sum",
         max_new_tokens: int = 16,
@@ -71,7 +71,7 @@ class MultitaskModule(EvaluationSteps):
             raise ValueError("tasks: the list is empty; name at least one task")
         self.backbone, self.specs, self.targets = backbone, list(tasks), targets
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.lr, self.weight_decay = lr or GroupRates(gates=5e-5), weight_decay or GroupRates()
+        self.lr, self.weight_decay = lr or LearningRates(), weight_decay or WeightDecays()
         self.loss_mean, self.max_new_tokens = loss_mean, max_new_tokens
         self.ranking: Ranking = ranking
         self.context = RoutingContext()
@@ -80,6 +80,7 @@ class MultitaskModule(EvaluationSteps):
         self.heads: TaskHeads | None = None
         self.prior: SemanticPrior | None = None
         self.config: dict[str, Any] | None = None
+        self._recomputed: list[nn.Module] = []
         self.fingerprint = ""
         # The checkpoint holds adapters only; `load_state_dict` makes its own, stricter check.
         self.strict_loading = False
@@ -119,6 +120,9 @@ class MultitaskModule(EvaluationSteps):
         if self.backbone.gradient_checkpointing:
             checkpointing = {"use_reentrant": False, "context_fn": self.context.checkpoint_fns}
             model.gradient_checkpointing_enable(checkpointing)  # type: ignore[operator]
+            self._recomputed = [block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)]
+            for block in self._recomputed:
+                silence_dropout(block)
         self.train(self.training)
 
     def built(self) -> nn.Module:
@@ -140,9 +144,8 @@ class MultitaskModule(EvaluationSteps):
             self.model.eval()
             for layer in self.adapted.values():
                 layer.train(mode)
-            for block in self.model.modules():
-                if isinstance(block, GradientCheckpointingLayer):
-                    block.training = mode  # HF recomputes only blocks whose own flag says training
+            for block in self._recomputed:
+                block.training = mode  # HF recomputes only blocks whose own flag says training
         return self
 
     # ---- forward and loss -------------------------------------------------------------------------------------------
@@ -231,3 +234,10 @@ class MultitaskModule(EvaluationSteps):
     def trainable_parameters(self) -> int:
         """Counts trainable numbers."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+
+def silence_dropout(block: nn.Module) -> None:
+    """Zeroes a block's own dropout rates: its training flag is on to recompute, but the frozen base never drops."""
+    for name, value in vars(block).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(block, name, 0.0)

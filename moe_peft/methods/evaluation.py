@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from moe_peft.batch import Batch
@@ -74,7 +75,8 @@ class EvaluationSteps(LightningModule):
         if self.trainer.sanity_checking:
             return
         self._log_scores("val", predictions)
-        self.log_dict(module.diagnostics())
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.log_dict(module.diagnostics())
 
     def on_test_epoch_end(self) -> None:
         """Gathers the predictions of all ranks and logs the mean."""

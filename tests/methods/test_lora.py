@@ -4,9 +4,10 @@ import peft
 import pytest
 import torch
 
+from moe_peft.backbones import CausalLM
 from moe_peft.methods.lora import LoRA
 from moe_peft.methods.scoring import answer_nll, pooled_features
-from tests.tiny import build, come_alive, output, random_batch, tiny_backbone
+from tests.tiny import build, come_alive, output, random_batch, randomise, tiny_backbone
 
 KINDS = ["causal", "seq2seq", "classifier"]
 RANK, ALPHA = 4, 10.0
@@ -108,3 +109,27 @@ def test_dropout_acts_on_the_adapters_input_in_training_only():
 def test_a_rank_below_one_is_refused():
     with pytest.raises(ValueError, match="rank: 0 is below 1"):
         build(LoRA, rank=0)
+
+
+OPT = {
+    "model_type": "opt",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "dropout": 0.5,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_frozen_base_never_drops_in_training(checkpointing):
+    """OPT's layers call functional dropout on their own training flag."""
+    backbone = CausalLM("opt", dtype="float32", shape=OPT, random_weights=True, gradient_checkpointing=checkpointing)
+    module = build(LoRA, backbone=backbone)
+    randomise(module)
+    batch = random_batch()
+    assert torch.equal(module.train()(batch), module.eval()(batch))
