@@ -71,6 +71,8 @@ class Backbone:
             counting on the meta device, or with random weights where `random_weights` is set.
         random_weights: build from `shape` with random weights (tests and dry runs) instead of loading.
         gradient_checkpointing: recompute activations in backward (non-reentrant).
+        attention: transformers' attention implementation ("sdpa", "eager", ...); None takes the model's own. Eager is
+            faster for short texts on a CPU.
     """
 
     kind: Literal["causal", "seq2seq", "classifier"]
@@ -86,11 +88,13 @@ class Backbone:
         shape: dict[str, Any] | None = None,
         random_weights: bool = False,
         gradient_checkpointing: bool = False,
+        attention: str | None = None,
     ) -> None:
         if random_weights and shape is None:
             raise ValueError(f"backbone {name!r}: random_weights needs a shape")
         self.name, self.gguf_file, self.sha256, self.revision = name, gguf_file, sha256, revision
         self.shape, self.random_weights, self.gradient_checkpointing = shape, random_weights, gradient_checkpointing
+        self.attention = attention
         self.dtype = auto_dtype() if dtype == "auto" else getattr(torch, dtype)
 
     @cached_property
@@ -130,9 +134,10 @@ class Backbone:
 
         auto = getattr(transformers, self.auto_class)
         if torch.get_default_device().type == "meta" or self.random_weights:
-            model = auto.from_config(self.config(), dtype=self.dtype)
+            model = auto.from_config(self.config(), dtype=self.dtype, attn_implementation=self.attention)
         else:
-            model, report = self._read(auto, self._source(), dtype=self.dtype, output_loading_info=True)
+            options = {"dtype": self.dtype, "attn_implementation": self.attention, "output_loading_info": True}
+            model, report = self._read(auto, self._source(), **options)
             self._check_loaded(model.config.to_dict(), sorted(report["missing_keys"]))
         return model.requires_grad_(False).eval()
 
@@ -257,6 +262,7 @@ class Classifier(Backbone):
         shape: see `Backbone`.
         random_weights: see `Backbone`.
         gradient_checkpointing: see `Backbone`.
+        attention: see `Backbone`.
         pooling: "cls" (first token), "mean" (masked) or "last" (last real token); "auto" is "last" for decoders and
             "mean" otherwise.
     """
@@ -274,9 +280,11 @@ class Classifier(Backbone):
         shape: dict[str, Any] | None = None,
         random_weights: bool = False,
         gradient_checkpointing: bool = False,
+        attention: str | None = None,
         pooling: Literal["auto", "cls", "mean", "last"] = "auto",
     ) -> None:
-        super().__init__(name, dtype, gguf_file, sha256, revision, shape, random_weights, gradient_checkpointing)
+        own = (gguf_file, sha256, revision, shape, random_weights, gradient_checkpointing, attention)
+        super().__init__(name, dtype, *own)
         self.pooling = pooling
 
     def load(self) -> nn.Module:

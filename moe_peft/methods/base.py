@@ -16,7 +16,7 @@ from moe_peft.batch import IGNORE_INDEX, Batch
 from moe_peft.checkpoint import check_adapter_state, describe, refuse_foreign
 from moe_peft.context import RoutingContext
 from moe_peft.data.tasks import TaskSpec
-from moe_peft.layers.adapted import AdaptedLinear, inject
+from moe_peft.layers.adapted import AdaptedLinear, inject, output_head
 from moe_peft.layers.prior import SemanticPrior
 from moe_peft.methods.evaluation import EvaluationSteps
 from moe_peft.methods.heads import TaskHeads
@@ -114,6 +114,9 @@ class MultitaskModule(EvaluationSteps):
             self.heads = TaskHeads(head_inputs, self.specs, device=next(model.parameters()).device)
         if self.prior is not None:
             self.prior.bind(self.backbone, model, self.context)
+        head = output_head(model)
+        if head is not None:
+            head.register_forward_pre_hook(contiguous_input)
         model.register_forward_pre_hook(self._check_input, with_kwargs=True)
         if self.backbone.kind == "seq2seq":  # generate() calls the encoder past the model's own forward
             model.get_encoder().register_forward_pre_hook(self._check_input, with_kwargs=True)  # type: ignore[operator]
@@ -234,6 +237,15 @@ class MultitaskModule(EvaluationSteps):
     def trainable_parameters(self) -> int:
         """Counts trainable numbers."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+
+def contiguous_input(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    """Makes an output head's input contiguous.
+
+    `logits_to_keep` hands the head a slice; on a sliced 3-D input torch copies the whole vocabulary matrix once per row
+    (half of a training step on SmolLM2, and gigabytes in evaluation).
+    """
+    return (args[0].contiguous(),)
 
 
 def silence_dropout(block: nn.Module) -> None:

@@ -90,3 +90,14 @@ def test_answer_loss_is_the_models_own_loss_per_row():
         module.context.begin(own["input_ids"], torch.ones_like(own["input_ids"]))
         assert nll[i].item() == pytest.approx(module.model(**own).loss.item(), abs=1e-5)
         assert abs(nll[i].item() - bare.item()) > 1e-3
+
+
+def test_the_output_head_sees_contiguous_answer_positions_only():
+    """A sliced input makes torch copy the vocabulary matrix once per row: slow, and gigabytes in evaluation."""
+    module = build(LoRA)
+    batch = random_batch(rows=3)
+    seen = []
+    module.model.lm_head.register_forward_pre_hook(lambda head, args: seen.append(args[0]))
+    module(batch)
+    longest = int((batch["labels"] != -100).sum(1).max())
+    assert [(tuple(hidden.shape), hidden.is_contiguous()) for hidden in seen] == [((3, longest + 1, 32), True)]
