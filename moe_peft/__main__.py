@@ -27,10 +27,12 @@ def refuse_foreign_distribution() -> None:
         version = metadata.version("moe-peft")
     except metadata.PackageNotFoundError:
         return
-    sys.exit(
+    print(
         f"error: the distribution moe-peft {version} is installed and owns the same import name moe_peft; "
-        "run `pip uninstall moe-peft`, then reinstall lightning-moe-peft"
+        "run `pip uninstall moe-peft`, then reinstall lightning-moe-peft",
+        file=sys.stderr,
     )
+    sys.exit(2)
 
 
 def main(argv: list[str] | None = None) -> None:

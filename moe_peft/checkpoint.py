@@ -37,12 +37,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"ckpt_path: {str(path)!r} does not exist")
+        raise ValueError(f"ckpt_path: {str(path)!r} is no file; give a checkpoint, or the word best or last")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds here: pickle, zip, EOF, runtime
-        reason = str(error).strip().splitlines()[0][:120]
-        raise ValueError(f"ckpt_path: {str(path)!r} is truncated or no checkpoint ({reason})") from None
+    except PermissionError:
+        raise ValueError(f"ckpt_path: {str(path)!r} may not be read; change its permissions") from None
+    except Exception:  # torch raises a dozen kinds here: pickle, zip, EOF, runtime, and their texts help nobody
+        raise ValueError(
+            f"ckpt_path: {str(path)!r} is truncated or no checkpoint: give a whole file written by `moe_peft fit`"
+        ) from None
     if not isinstance(checkpoint, dict) or "moe_peft" not in checkpoint:
         raise ValueError(f"ckpt_path: {str(path)!r} is no moe_peft checkpoint: give a file written by `moe_peft fit`")
     return checkpoint
@@ -88,10 +91,13 @@ def check_adapter_state(own: dict[str, Tensor], state: dict[str, Tensor]) -> Non
 
 
 def conflicts(there: Any, here: Any, prefix: str = "") -> list[str]:
-    """Lists the dotted names at which two plain configurations differ, with both values."""
+    """Lists the dotted names at which two plain configurations differ, with both values.
+
+    What only `here` knows is an argument younger than the checkpoint, and no conflict.
+    """
     if isinstance(there, dict) and isinstance(here, dict):
         found = []
-        for key in sorted(there.keys() | here.keys(), key=str):
+        for key in sorted(there, key=str):
             found += conflicts(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else str(key))
         return found
     return [] if there == here else [f"{prefix} is {here!r} here and {there!r} in the checkpoint"]

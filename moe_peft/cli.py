@@ -7,21 +7,40 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from moe_peft import backbones, embedders
-from moe_peft.callbacks import checkpoints, predictions, results, semantic_prior
+from moe_peft.callbacks import ablation, checkpoints, predictions, results, semantic_prior
+from moe_peft.callbacks.progress import PlainProgress
+from moe_peft.callbacks.resume import ExactResume
 from moe_peft.checkpoint import conflicts, read_checkpoint
 from moe_peft.data import module as data_module
+from moe_peft.loggers import MetricsCSV
+from moe_peft.messages import one_line
 from moe_peft.methods import lora, trex
 from moe_peft.methods.base import MultitaskModule
 
 # Imported so that their classes are known to the configuration by bare name.
-NAMED = (backbones, embedders, semantic_prior, lora, trex)
-# Where a model's files lie may differ from machine to machine; the fingerprint decides whether it is the same model.
-LOCATION = ("backbone",)
+NAMED = (ablation, backbones, embedders, semantic_prior, lora, trex)
+# Where a model's files lie may differ from machine to machine; the fingerprints decide whether it is the same model.
+LOCATION = tuple(
+    f"init_args.{owner}.init_args.{name}"
+    for owner, names in {
+        "backbone": ("name", "gguf_file", "sha256", "revision", "shape", "gradient_checkpointing", "attention"),
+        "embedder": ("name", "cache_dir"),
+    }.items()
+    for name in names
+)
+# Arguments that play no part in evaluating a checkpoint, or only there.
+TRAINING = tuple(
+    f"init_args.{name}"
+    for name in ("optimizer", "scheduler", "lr", "weight_decay", "loss_mean", "ranking", "max_new_tokens")
+)
+# Precisions that cast the whole module, adapters included.
+HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 
 class Parser(LightningArgumentParser):
@@ -35,39 +54,33 @@ class Parser(LightningArgumentParser):
         sys.exit(2)
 
 
-def one_line(message: str) -> str:
-    """Condenses jsonargparse's nested report: what was wrong, without the list of other types it tried."""
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    telling = [
-        line
-        for line in lines
-        if any(
-            mark in line for mark in ("is not accepted", "Option ", "not allowed", "No action", "required", "Invalid")
-        )
-        or ("Problem with given class_path" in line and line is not lines[0])
-    ]
-    chosen = [lines[0]] + [line for line in telling if line != lines[0]][:2]
-    return " | ".join(chosen)[:600]
-
-
 class RunConfig(SaveConfigCallback):
     """Writes the merged configuration of a fit to <run>/config.yaml; other commands write none."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes once, on rank zero, and refuses to overwrite another run's file."""
-        if self.already_saved or stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Writes nothing yet: a fit that fails before its first step must not leave what looks like a run."""
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Writes once, on rank zero, as soon as a batch has gone through."""
+        if self.already_saved or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.already_saved = True
-        path = Path(trainer.default_root_dir) / "config.yaml"
-        resumed = trainer.ckpt_path is not None
-        if path.exists() and not resumed:
-            raise ValueError(
-                f"trainer.default_root_dir: {path.parent} already holds a run; name another folder, "
-                "or resume it with --ckpt_path"
-            )
         if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, path, skip_none=False, overwrite=resumed, multifile=False)
+            path = Path(trainer.default_root_dir) / "config.yaml"
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Takes back the empty TensorBoard files that Lightning made for a fit that never began."""
+        if self.already_saved or not trainer.is_global_zero or trainer.ckpt_path is not None:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.finalize("failed")
+                folder = Path(logger.log_dir)
+                for file in [*folder.glob(f"events.out.tfevents.*.{os.getpid()}.*"), folder / "hparams.yaml"]:
+                    file.unlink(missing_ok=True)
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 class CLI(LightningCLI):
@@ -90,33 +103,57 @@ class CLI(LightningCLI):
 
         Lightning's own version lays the checkpoint's arguments over what the user typed, without a word.
         """
-        path = self.config.get(self.config.subcommand, {}).get("ckpt_path")
-        if not path or path in ("best", "last", "hpc", "registry"):
+        config = self.config.get(self.config.subcommand, {})
+        path = config.get("ckpt_path")
+        if path in ("best", "last"):
+            path = config.ckpt_path = str(Path(config.trainer.default_root_dir) / "checkpoints" / f"{path}.ckpt")
+        if not path and self.config.subcommand != "fit":
+            raise ValueError(
+                f"ckpt_path: {self.config.subcommand} needs a checkpoint; add --ckpt_path <run>/checkpoints/best.ckpt"
+            )
+        if not path or path in ("hpc", "registry"):
             return
-        there = read_checkpoint(path)["moe_peft"]["config"]
-        here = plain_model_config(self.config[self.config.subcommand])
-        found = [] if there is None else [c for c in conflicts(there, here) if LOCATION[0] not in c.split(" is ")[0]]
+        there, here = read_checkpoint(path)["moe_peft"]["config"], plain_model_config(config)
+        free = LOCATION if self.config.subcommand == "fit" else LOCATION + TRAINING
+        beside = tuple(f"{name}{end}" for name in free for end in (".", " is "))
+        found = [] if there is None else [c for c in conflicts(there, here) if not c.startswith(beside)]
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            raise ValueError(f"--model.{found[0]}{more}: use the checkpoint's value, or its run's config.yaml")
+            name = found[0].replace("init_args.", "")
+            raise ValueError(f"model.{name}{more}: use the checkpoint's value, or its run's config.yaml")
 
     def before_instantiate_classes(self) -> None:
-        """Gives a run without loggers of its own metrics.csv and TensorBoard files in the run folder."""
+        """Refuses what cannot go well."""
+        config = self.config[self.config.subcommand]
+        refuse_unsupported(config.trainer)
+        if self.config.subcommand == "fit" and not config.trainer.fast_dev_run and not config.ckpt_path:
+            refuse_existing_run(Path(config.trainer.default_root_dir))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Gives a fit without loggers of its own metrics.csv and TensorBoard files; other commands need none.
+
+        They are not put into the configuration, which may be used again for another run folder.
+        """
         trainer = self.config[self.config.subcommand].trainer
-        if trainer.logger in (None, True) and self.config.subcommand == "fit":
+        if trainer.logger in (None, True):
             folder = str(trainer.default_root_dir)
-            board = {"save_dir": folder, "name": "", "version": "tensorboard", "default_hp_metric": False}
-            trainer.logger = [
-                Namespace(class_path="moe_peft.loggers.MetricsCSV", init_args=Namespace(save_dir=folder)),
-                Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=Namespace(**board)),
-            ]
-        elif trainer.logger is None:
-            trainer.logger = False
+            board = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
+            kwargs["logger"] = [MetricsCSV(folder), board] if self.config.subcommand == "fit" else False
+        return super().instantiate_trainer(**kwargs)
 
     def instantiate_classes(self) -> None:
         """Instantiates everything and hands the module its own configuration, for the checkpoint."""
         super().instantiate_classes()
         self.model.config = plain_model_config(self.config[self.config.subcommand])
+
+    def before_fit(self) -> None:
+        """Checks the run folder, the rows of all splits and the batch size before anything is loaded or written."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, results.Results):
+                callback.setup(self.trainer, self.model, "fit")
+        self.datamodule.trainer = self.trainer
+        for stage in ("test", "fit"):
+            self.datamodule.setup(stage)
 
     def after_fit(self) -> None:
         """Evaluates the best checkpoint (or the last weights) on the test split."""
@@ -124,6 +161,29 @@ class CLI(LightningCLI):
             return
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False)
+
+
+def refuse_unsupported(trainer: Any) -> None:
+    """Refuses trainer settings that would change what is trained."""
+    if trainer.precision in HALF:
+        raise ValueError(
+            f"trainer.precision: {str(trainer.precision)!r} would store the adapters in half precision too; "
+            "set the backbone's dtype instead and use 32-true or bf16-mixed"
+        )
+    strategy = trainer.strategy if isinstance(trainer.strategy, str) else trainer.strategy.get("class_path", "")
+    if strategy.startswith("fsdp") or strategy.endswith("FSDPStrategy"):
+        raise ValueError(
+            f"trainer.strategy: {strategy!r} is not supported; use ddp (sharding comes through ModelParallelStrategy)"
+        )
+
+
+def refuse_existing_run(folder: Path) -> None:
+    """Refuses a folder that holds a run."""
+    if (folder / "config.yaml").exists():
+        raise ValueError(
+            f"trainer.default_root_dir: '{folder}' already holds a run; name another folder, "
+            "or resume it with --ckpt_path last"
+        )
 
 
 def plain_model_config(config: Any) -> dict[str, Any]:
@@ -139,6 +199,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*module.* in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -163,6 +225,7 @@ def run(arguments: list[str]) -> CLI:
             auto_configure_optimizers=False,
             seed_everything_default=0,
             trainer_defaults={
+                "callbacks": [ExactResume(), PlainProgress()],
                 "use_distributed_sampler": False,
                 "default_root_dir": "runs/default",
                 "gradient_clip_val": 1.0,
@@ -173,8 +236,8 @@ def run(arguments: list[str]) -> CLI:
             },
             args=arguments,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("MOE_PEFT_TRACEBACK"):
             raise
-        print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)

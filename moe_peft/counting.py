@@ -1,5 +1,6 @@
 """Counts parameters of a method on a backbone on the meta device: no download, no memory."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,15 +15,20 @@ from moe_peft.methods.base import MultitaskModule
 NAMED = (backbones, embedders, lora, trex)
 
 
+SECTIONS = ("trainer", "data", "checkpoint", "results", "predictions", "seed_everything", "ckpt_path")
 PARTS = ("base", "trainable", "factors", "router", "gates", "prior", "heads")
 
 
-def model_parser() -> ArgumentParser:
-    """Returns a parser of the `model` section alone; `trainer` and `data` sections are read and ignored."""
+def model_parser(ignored: Sequence[str] = SECTIONS) -> ArgumentParser:
+    """Returns a parser of the `model` section alone.
+
+    Args:
+        ignored: a run's other sections, which are read and left as they are.
+    """
     parser = ArgumentParser(description=__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(MultitaskModule, "model", skip={"tasks"}, required=True)
-    for section in ("trainer", "data", "checkpoint", "results", "seed_everything"):
+    for section in ignored:
         parser.add_argument(f"--{section}", type=Any)
     return parser
 

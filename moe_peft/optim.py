@@ -138,9 +138,17 @@ class WarmupDecay(LambdaLR):
         own = {"warmup", "decay", "total_steps"}
         return {name: value for name, value in super().state_dict().items() if name not in own}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the position, and applies the factor that this schedule has there."""
+        super().load_state_dict(state_dict)
+        self._apply()
+
+    def _apply(self) -> None:
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * self.factor(self.last_epoch)
+
     def set_total_steps(self, total_steps: int) -> None:
         """Fills in the length of the fit, unless it was given, and applies the factor of the current step."""
         if self.total_steps is None:
             self.total_steps = total_steps
-            for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-                group["lr"] = base * self.factor(self.last_epoch)
+            self._apply()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 
 from moe_peft.cli import run
 from tests.data.toys import TOY_WORDS, choice_rows, class_rows, word_tokenizer, write_task
@@ -39,6 +40,7 @@ def value_rows(count: int, start: int = 0) -> list[dict[str, Any]]:
     return [{"id": str(i), "text": f"film {i} was good", "value": i % 5 / 2} for i in range(start, start + count)]
 
 
+RECORDER = "tests.tiny_runs.Recorder"
 ROWS = {
     "tone": (class_rows, "classification", "accuracy"),
     "next": (choice_rows, "multiple_choice", "accuracy"),
@@ -57,7 +59,9 @@ class World:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.backbones = {kind: save_backbone(root / "models" / kind, kind) for kind in ("causal", "seq2seq", "classifier")}
+        self.backbones = {
+            kind: save_backbone(root / "models" / kind, kind) for kind in ("causal", "seq2seq", "classifier")
+        }
         self.tasks = {name: self.task(root / "tasks" / name, name) for name in ROWS}
 
     @staticmethod
@@ -68,7 +72,7 @@ class World:
         return write_task(folder, splits, kind, metric=metric, name=name)
 
     def config(self, tasks: tuple[str, ...] | list[Path] = ("tone", "next"), kind: str = "causal") -> dict[str, Any]:
-        """A whole T-REX configuration: 12 steps in 2 epochs on one process, without callbacks' caches outside `root`."""
+        """A whole T-REX configuration: two epochs on one process, with no cache outside `root`."""
         class_path = {"causal": "CausalLM", "seq2seq": "Seq2SeqLM", "classifier": "Classifier"}[kind]
         backbone = {"class_path": class_path, "init_args": {"name": str(self.backbones[kind]), "dtype": "float32"}}
         folders = [str(self.tasks[task] if isinstance(task, str) else task) for task in tasks]
@@ -87,15 +91,15 @@ class World:
             },
             "data": {
                 "class_path": "MultitaskDataModule",
-                "init_args": {"tasks": folders, "batch_size": 8, "max_length": 32},
+                "init_args": {"tasks": folders, "batch_size": 8, "max_length": 32, "seed": 0},
             },
             "trainer": {
                 "accelerator": "cpu",
                 "max_epochs": 2,
                 "log_every_n_steps": 1,
-                "callbacks": [{"class_path": "SemanticPriorFit", "init_args": {"n_init": 2}}],
+                "callbacks": [{"class_path": "SemanticPriorFit", "init_args": {"n_init": 2}}, {"class_path": RECORDER}],
             },
-            "results": {"cache_dir": str(self.root / "cache")},
+            "results": {"cache_dir": str(self.root / "cache"), "save_predictions": True},
         }
 
     @staticmethod
@@ -159,3 +163,28 @@ def one_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert lines[0].startswith("error: ")
     assert len(lines[0]) <= 700
     return lines[0]
+
+
+class Recorder(Callback):
+    """Writes row ids and the exact loss of every micro-batch to <run>/rows.jsonl; may break off.
+
+    Args:
+        stop_at: raise before the micro-batch of this number, as a killed process would end.
+    """
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.stop_at = stop_at
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.stop_at:
+            raise RuntimeError("killed")
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        line = {"step": trainer.global_step, "rows": batch["row_id"], "loss": float(outputs["loss"]).hex()}
+        with (Path(trainer.default_root_dir) / "rows.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    """Reads what a Recorder wrote."""
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]

@@ -1,7 +1,7 @@
 """Checkpoints of a run: `<run>/checkpoints/best.ckpt` and `last.ckpt`, adapters only."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -11,9 +11,12 @@ class AdapterCheckpoint(ModelCheckpoint):
     """Keeps the best and the last checkpoint of a fit in the run folder.
 
     Args:
-        monitor: the value that decides; None keeps the last only.
+        monitor: the value that decides; None keeps the latest.
         mode: whether the monitored value should grow ("max") or shrink ("min").
-        every_n_train_steps: also save after so many optimizer steps; None saves after every validation.
+        every_n_train_steps: renew the last checkpoint after so many optimizer steps too; None only after validations.
+
+    Raises:
+        ValueError: every_n_train_steps below 1.
     """
 
     def __init__(
@@ -22,13 +25,17 @@ class AdapterCheckpoint(ModelCheckpoint):
         mode: Literal["min", "max"] = "max",
         every_n_train_steps: int | None = None,
     ) -> None:
+        if every_n_train_steps is not None and every_n_train_steps < 1:
+            raise ValueError(f"every_n_train_steps={every_n_train_steps} must be 1 or more, or null")
+        # Lightning's own option would wait for the monitored value, and give up saving after validations.
+        self.renew_every = every_n_train_steps
+        self._renewed_at = 0
         super().__init__(
             filename="best",
             monitor=monitor,
             mode=mode,
             save_last=True,
             save_top_k=1,
-            every_n_train_steps=every_n_train_steps,
             auto_insert_metric_name=False,
             enable_version_counter=False,
         )
@@ -38,3 +45,39 @@ class AdapterCheckpoint(ModelCheckpoint):
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
         super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Renews the last checkpoint between validations."""
+        if self.renew_every is not None and trainer.global_step % self.renew_every == 0:
+            self._renew_last(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes the last checkpoint that of the last step, also where a fit ends between validations."""
+        if self._last_global_step_saved != trainer.global_step:
+            self._renew_last(trainer)
+
+    def _renew_last(self, trainer: Trainer) -> None:
+        if self._renewed_at == trainer.global_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._renewed_at, validated = trainer.global_step, self._last_global_step_saved
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._last_global_step_saved = validated  # or a validation after this very step would not save
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Writes beside the file and then replaces it: a full disk leaves the last whole checkpoint where it was.
+
+        Raises:
+            OSError: the checkpoint cannot be written; one line that names it.
+        """
+        part = Path(f"{filepath}.part")
+        try:
+            super()._save_checkpoint(trainer, str(part))
+            if trainer.is_global_zero:
+                part.replace(filepath)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise OSError(
+                f"cannot write {filepath} ({error.strerror}): free the disk or choose another run folder, then resume "
+                "from the last checkpoint"
+            ) from None
+        self._last_checkpoint_saved = filepath

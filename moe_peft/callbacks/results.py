@@ -81,9 +81,8 @@ class Results(Callback):
         folder = Path(trainer.default_root_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder) as file:
+            with tempfile.NamedTemporaryFile(dir=folder, buffering=0) as file:
                 file.write(b"x" * 4096)
-                file.flush()
         except OSError as error:
             raise ValueError(
                 f"default_root_dir='{folder}' cannot be written ({error.strerror}); "

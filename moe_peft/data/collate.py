@@ -19,11 +19,14 @@ class Collator:
     Args:
         kind: The backbone's kind.
         pad_id: Its padding token.
+        pack: Whether a causal model scores a row's options side by side behind one prompt (`Backbone.packs_options`)
+            rather than one sequence per option.
     """
 
-    def __init__(self, kind: BackboneKind, pad_id: int) -> None:
+    def __init__(self, kind: BackboneKind, pad_id: int, pack: bool = True) -> None:
         self.kind = kind
         self.pad_id = pad_id
+        self.pack = pack
 
     def train(self, rows: Sequence[EncodedRow], rows_share: float, tokens_share: float) -> Batch:
         """Makes a training batch: the right answer behind every prompt, or its class or value.
@@ -43,8 +46,8 @@ class Collator:
     def evaluate(self, rows: Sequence[EncodedRow]) -> Batch:
         """Makes an evaluation batch of one task: a row's prompt with all its options, or prompts alone.
 
-        Causal: one sequence per row, options side by side behind the prompt (`Batch.option_of`). Seq2seq: one sequence
-        per option. Where nothing is ranked: one prompt per row.
+        Packed: one sequence per row, options side by side behind the prompt (`Batch.option_of`). Otherwise: one
+        sequence per option, a row's options consecutive. Where nothing is ranked: one prompt per row.
 
         Args:
             rows: Rows of one task.
@@ -53,9 +56,9 @@ class Collator:
             raise ValueError("an evaluation batch holds rows of one task; group the rows by task first.")
         if not rows[0].options:
             batch = self.prompts(rows)
-            if self.kind == "classifier":
+            if self.kind == "classifier" and all(row.target is not None for row in rows):
                 batch["target"] = _targets(rows)
-        elif self.kind == "causal":
+        elif self.kind == "causal" and self.pack:
             batch = self._sequences(rows, [sum(row.options, []) for row in rows])
             batch["option_of"] = self._pad([_option_of(row) for row in rows], 0)
         else:

@@ -139,8 +139,12 @@ class DatasetsTask(TaskSource):
         missing: dict[Split, float] = {
             split: share for split, share in self.fractions.items() if split == donor or split not in found
         }
-        groups = [row.get("group") or row["id"] for row in found[donor]]
+        groups = self._groups(found[donor])
         return {**found, **cut(found[donor], groups, missing, seed=stable_seed(self.name))}
+
+    def _groups(self, rows: list[Row]) -> list[str]:
+        """Names every row's group: rows of one group stay in one split."""
+        return [row.get("group") or row["id"] for row in rows]
 
     def _row(self, record: dict[str, Any], default_id: str) -> Row:
         row: Row = {field: _reach(record, path, self.name) for field, path in self.columns.items()}
@@ -162,14 +166,18 @@ class DatasetsTask(TaskSource):
             row["choices"] = [_reach(record, column, self.name) for column in self.choice_columns]
         row["choices"] = [str(choice).strip() for choice in row.get("choices") or []]
         row["label"] = self._label(row)
+        label: int | None = row["label"]
         if self.shuffle_choices:
             order = np.random.default_rng(stable_seed(self.name, row["text"])).permutation(len(row["choices"]))
             row["choices"] = [row["choices"][index] for index in order]
-            row["label"] = int(np.flatnonzero(order == row["label"])[0])
-        row["target"] = row["choices"][row["label"]]
+            label = row["label"] = None if label is None else int(np.flatnonzero(order == label)[0])
+        row["target"] = None if label is None else row["choices"][label]
 
-    def _label(self, row: Row) -> int:
+    def _label(self, row: Row) -> int | None:
+        """Gives the index of the right option; None for a row without answer (-1 is how hub sets write that)."""
         value: Any = row.get("label", row.get("target"))
+        if value is None or value == -1:
+            return None
         keys = [str(key) for key in row.get("choice_keys") or []]
         if isinstance(value, str) and value in keys:
             return keys.index(value)
@@ -182,7 +190,7 @@ class DatasetsTask(TaskSource):
         if not 0 <= label < len(row["choices"]):
             raise ValueError(
                 f"task '{self.name}', row '{row['id']}': label {value!r} is outside its choices {row['choices']}; "
-                "correct columns, choices or label_offset, or leave unlabelled splits out of splits."
+                "correct columns, choices or label_offset."
             )
         return label
 

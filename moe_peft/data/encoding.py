@@ -1,6 +1,7 @@
 """From a row to token ids: the template is filled in, prompt and answer are tokenised apart.
 
-Apart, so that the boundary between them is exact and an option's tokens never depend on its prompt. The prompt is cut
+Apart, so that the boundary between them is exact and an option's tokens never depend on its prompt (but do not begin
+a text either, where a tokenizer tells the two). The prompt is cut
 from the left where it is too long; the answer never is. How much is cut depends on the row's longest option, not on
 the right one: the prompt's length must not give the answer away, and training must see the prompt that scoring sees.
 """
@@ -15,6 +16,7 @@ from moe_peft.data.tasks import Row, TaskSpec, template_fields
 
 BackboneKind = Literal["causal", "seq2seq", "classifier"]
 _MARK = "moepeftcontentmark"
+_ANCHOR = "a"
 
 
 @dataclass(slots=True)
@@ -27,9 +29,9 @@ class EncodedRow:
         row: The plain row.
         text: The prompt as text, without chat template and special tokens.
         prompt: Prompt token ids, special tokens included.
-        answer: Token ids of the right answer and the end token; empty for a classifier.
+        answer: Token ids of the right answer and the end token; empty for a classifier and without an answer.
         options: Token ids of every option, without an end token; empty where nothing is ranked.
-        target: Class index or value; None where the answer is text.
+        target: Class index or value; None where the answer is text or unknown.
         truncated: Prompt tokens that were cut off.
     """
 
@@ -95,6 +97,7 @@ class Encoder:
             (" " if kind == "causal" and style == "plain" else "") if answer_prefix is None else answer_prefix
         )
         self.number_format = number_format
+        self._anchored = self._needs_anchor()
         self._prefix, self._suffix = self._special_tokens()
         self._head, self._tail = self._chat_frame() if style == "chat" else ("", "")
 
@@ -110,7 +113,9 @@ class Encoder:
             texts = [text.strip() for text in texts]  # many chat templates strip, which would move the frame
         answers = [self._answer_text(spec, row) for row in rows]
         options = [row["choices"] if spec.has_options else [] for row in rows]
-        tokens = self._answer_tokens({text for row in options for text in row} | set(answers))
+        tokens = self._answer_tokens(
+            {text for row in options for text in row} | {text for text in answers if text is not None}
+        )
         contents = self._tokenize(texts)
         framed = (
             self._tokenize([self._head + text + self._tail for text in texts]) if self.style == "chat" else contents
@@ -120,7 +125,8 @@ class Encoder:
         for row, text, content, frame, answer, choices in zip(
             rows, texts, contents, framed, answers, options, strict=True
         ):
-            longest = max(len(tokens[option]) for option in [answer, *choices]) + 1
+            scored = choices if answer is None else [answer, *choices]
+            longest = max((len(tokens[option]) for option in scored), default=0) + 1
             prompt = self._prompt(content, frame, longest)
             if prompt is None:
                 too_long.append(f"{row['id']} ({longest} answer tokens)")
@@ -133,7 +139,7 @@ class Encoder:
                     row=row,
                     text=text,
                     prompt=prompt,
-                    answer=[] if self.kind == "classifier" else [*tokens[answer], self._eos],
+                    answer=[] if answer is None or self.kind == "classifier" else [*tokens[answer], self._eos],
                     options=[] if self.kind == "classifier" else [tokens[option] for option in choices],
                     target=row.get("label") if spec.has_options else row.get("value"),
                     truncated=whole - len(prompt),
@@ -153,8 +159,11 @@ class Encoder:
         assert isinstance(eos, int)
         return eos
 
-    def _answer_text(self, spec: TaskSpec, row: Row) -> str:
-        return format(row["value"], self.number_format) if spec.kind == "regression" else row["target"]
+    def _answer_text(self, spec: TaskSpec, row: Row) -> str | None:
+        value = row.get("value")
+        if spec.kind != "regression":
+            return row.get("target")
+        return None if value is None else format(value, self.number_format)
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -165,8 +174,25 @@ class Encoder:
         if self.kind == "classifier":
             return dict.fromkeys(texts, [])
         ordered = sorted(texts)
-        tokens = self._tokenize([self.answer_prefix + text for text in ordered])
-        return dict(zip(ordered, tokens, strict=True))
+        alone = self._tokenize([self.answer_prefix + text for text in ordered])
+        if not self._anchored:
+            return dict(zip(ordered, alone, strict=True))
+        anchor, *joined = self._tokenize([_ANCHOR, *(_ANCHOR + self.answer_prefix + text for text in ordered)])
+        return {
+            text: whole[len(anchor) :] if whole[: len(anchor)] == anchor else tokens
+            for text, tokens, whole in zip(ordered, alone, joined, strict=True)
+        }
+
+    def _needs_anchor(self) -> bool:
+        """Whether the tokenizer writes a text another way when it begins with it than when it goes on with it.
+
+        Sentencepiece-like ones put a blank before whatever they are given: " positive" alone would get two. The tokens
+        of an answer are then those that it adds to a text before it. A prefix of "" leaves that blank to do the job.
+        """
+        if self.kind != "causal" or not self.answer_prefix:
+            return False
+        anchor, joined, alone = self._tokenize([_ANCHOR, _ANCHOR + self.answer_prefix + "b", self.answer_prefix + "b"])
+        return joined[: len(anchor)] == anchor and joined[len(anchor) :] != alone
 
     def _prompt(self, content: list[int], framed: list[int], longest: int) -> list[int] | None:
         """Fits a prompt beside its longest answer; None where no prompt token would be left."""

@@ -1,5 +1,6 @@
-"""How an epoch's plan reaches one process: slices of global batches, and a loader that resumes where it stopped."""
+"""How an epoch's training plan reaches one process: slices of global batches, and a loader that can resume."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -71,6 +72,15 @@ class MultitaskSampler(Sampler[MicroBatch]):
             self.names, self.sizes, self.batch_size, self.steps_per_epoch, seed=self.seed, epoch=epoch
         )
 
+    def identity(self, epoch: int) -> dict[str, int | str]:
+        """Gives what decides which rows the n-th micro-batch of an epoch holds, over all ranks together."""
+        return {
+            "accumulate_grad_batches": self.accumulation,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "rows": hashlib.sha256(self.plan(epoch).tobytes()).hexdigest(),
+        }
+
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch to yield next (Lightning calls this)."""
         self.epoch = epoch
@@ -129,74 +139,12 @@ class TrainRows(Dataset[Batch]):
         return self.collator.train(rows, index.rows_share, index.tokens_share)
 
 
-class EvalBatches(Dataset[Batch]):
-    """Evaluation batches, grouped beforehand."""
-
-    def __init__(self, batches: list[list[EncodedRow]], collator: Collator) -> None:
-        self.batches = batches
-        self.collator = collator
-
-    def __len__(self) -> int:
-        """Counts the batches of this rank."""
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Batch:
-        """Collates one batch."""
-        return self.collator.evaluate(self.batches[index])
-
-
-def group_for_evaluation(
-    rows: Sequence[EncodedRow], sequences: int, world_size: int = 1, rank: int = 0
-) -> list[list[EncodedRow]]:
-    """Groups rows into single-task batches of similar length, longest first, and takes this rank's part.
-
-    Every rank gets equally many batches as long as every task has at least as many rows as there are ranks
-    (sharded models need equal step counts); no row is repeated.
-
-    Args:
-        rows: All rows of a split.
-        sequences: At most so many sequences (options) in a batch of one rank; a row is never torn apart.
-        world_size: Number of ranks.
-        rank: This process.
-    """
-    batches: list[list[EncodedRow]] = []
-    for task in sorted({row.task_id for row in rows}):
-        own = [row for row in rows if row.task_id == task]
-        own.sort(key=lambda row: (-_evaluation_length(row), row.row_id))
-        widest = max(len(row.options) or 1 for row in own)
-        per_rank = max(sequences // widest, 1)
-        groups = -(-len(own) // (per_rank * world_size))
-        for group in np.array_split(np.arange(len(own)), groups):
-            part = [own[index] for index in group[rank::world_size]]
-            if part:
-                batches.append(part)
-    return batches
-
-
-def _evaluation_length(row: EncodedRow) -> int:
-    return len(row.prompt) + max((len(option) for option in row.options), default=0)
-
-
-class EvaluationLoader(DataLoader[Batch]):
-    """Loads ready-made batches in order, without drawing from the global random state.
-
-    Args:
-        dataset: This rank's batches.
-        num_workers: Worker processes.
-        seed: Seed of the workers' own random state.
-    """
-
-    def __init__(self, dataset: EvalBatches, num_workers: int, seed: int) -> None:
-        super().__init__(
-            dataset, batch_size=None, num_workers=num_workers, generator=torch.Generator().manual_seed(seed)
-        )
-
-
 class ResumableLoader(DataLoader[Batch]):
     """A training loader that a checkpoint can put back into the middle of an epoch.
 
-    Lightning stores `state_dict` of loaders that have one. The count is of micro-batches handed out, which is the same
-    on all ranks. Its generator is its own: making an iterator must not draw from the global random state.
+    Lightning stores `state_dict` of loaders that have one. The count is of micro-batches handed out (as Lightning's own
+    progress is), which is the same on all ranks and for any number of ranks. Its generator is its own: making an
+    iterator must not draw from the global random state.
 
     Args:
         dataset: The rows.
@@ -224,9 +172,26 @@ class ResumableLoader(DataLoader[Batch]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Gives the position in the epoch."""
-        return {"epoch": self.multitask_sampler.epoch, "handed_out": self.handed_out}
+        """Gives the position in the epoch, and what that position depends on."""
+        sampler = self.multitask_sampler
+        return {"epoch": sampler.epoch, "handed_out": self.handed_out, **sampler.identity(sampler.epoch)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on at the stored position when the stored epoch is iterated next."""
+        """Goes on at the stored position when the stored epoch is iterated next.
+
+        Raises:
+            ValueError: The position means other rows here: the accumulation, batch size, seed or rows differ.
+        """
+        for argument, here in self.multitask_sampler.identity(state["epoch"]).items():
+            if state[argument] == here:
+                continue
+            if argument == "rows":
+                raise ValueError(
+                    f"the checkpoint's epoch {state['epoch']} has other rows than this run's: tasks, sampling, "
+                    "max_words, row limits and steps_per_epoch must be as they were to resume."
+                )
+            raise ValueError(
+                f"{argument}={here} cannot resume a checkpoint made with {argument}={state[argument]}, whose place in "
+                "the epoch would hold other rows; set it back, or start a new run."
+            )
         self.multitask_sampler.resume_at = (state["epoch"], state["handed_out"])

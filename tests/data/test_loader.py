@@ -1,7 +1,6 @@
 import pytest
 
-from moe_peft.data.encoding import EncodedRow
-from moe_peft.data.loader import MultitaskSampler, group_for_evaluation
+from moe_peft.data.loader import MultitaskSampler, ResumableLoader
 from moe_peft.data.sampling import Proportional, Uniform
 
 SIZES = [40, 25]
@@ -78,32 +77,40 @@ def test_batch_size_that_does_not_divide_names_the_numbers_and_the_fix(size, pla
     )
 
 
-def encoded(task_id, name, length, options):
-    return EncodedRow(f"t{task_id}/{name}", task_id, {}, "", [1] * length, [], [[1]] * options, None, 0)
+def loader(seed=3, batch_size=16, rule=None, **place):
+    rule = rule or Proportional()
+    sampler = MultitaskSampler(rule, ["a", "b"], SIZES, TOKENS, batch_size, seed=seed, **place)
+    return ResumableLoader([], sampler, 0, 0)
 
 
-ROWS = [encoded(0, str(i), 3 + i * 7 % 11, 4) for i in range(21)] + [encoded(1, str(i), 5 + i, 0) for i in range(9)]
+def stopped(**arguments):
+    """The state of a loader after 6 of its epoch's 10 micro-batches."""
+    first = loader(accumulation=2, **arguments)
+    first.handed_out = 6
+    return first.state_dict()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_has_every_row_once_over_all_ranks(world_size):
-    shards = [group_for_evaluation(ROWS, 16, world_size, rank) for rank in range(world_size)]
-    names = [row.row_id for shard in shards for batch in shard for row in batch]
-    assert sorted(names) == sorted(row.row_id for row in ROWS)
-    assert len({len(shard) for shard in shards}) == 1
+def test_more_ranks_resume_the_same_global_batches():
+    ranks = [loader(accumulation=2, world_size=4, rank=rank) for rank in range(4)]
+    for rank in ranks:
+        rank.load_state_dict(stopped())
+    steps = zip(*(rank.multitask_sampler for rank in ranks), strict=True)
+    parts = [sum((micro.rows for micro in step), []) for step in steps]
+    assert [one + two for one, two in zip(parts[::2], parts[1::2], strict=True)] == [m.rows for m in sampler()][3:]
 
 
-def test_evaluation_batches_hold_one_task_within_the_budget():
-    for batch in group_for_evaluation(ROWS, 16):
-        assert len({row.task_id for row in batch}) == 1
-        assert sum(len(row.options) or 1 for row in batch) <= 16
-
-
-def test_evaluation_is_longest_first_within_a_task():
-    lengths = [len(row.prompt) for batch in group_for_evaluation(ROWS, 16) for row in batch if row.task_id == 0]
-    assert lengths == sorted(lengths, reverse=True)
-
-
-def test_a_row_with_more_options_than_the_budget_is_never_torn_apart():
-    batches = group_for_evaluation([encoded(0, "x", 3, 9), encoded(0, "y", 2, 9)], 4)
-    assert [[row.row_id for row in batch] for batch in batches] == [["t0/x"], ["t0/y"]]
+@pytest.mark.parametrize(
+    ("changes", "telling"),
+    [
+        ({"accumulation": 4}, "accumulate_grad_batches=4 .*accumulate_grad_batches=2"),
+        ({"batch_size": 32}, "batch_size=32 .*batch_size=16"),
+        ({"seed": 4}, "seed=4 .*seed=3"),
+        ({"rule": Uniform()}, "epoch 0 has other rows"),
+        ({"steps_per_epoch": 9}, "epoch 0 has other rows"),
+        ({"accumulation": 1, "world_size": 2}, "accumulate_grad_batches=1"),
+    ],
+)
+def test_resuming_into_other_rows_is_refused_in_one_line(changes, telling):
+    with pytest.raises(ValueError, match=telling) as error:
+        loader(**{"accumulation": 2, **changes}).load_state_dict(stopped())
+    assert "\n" not in str(error.value)

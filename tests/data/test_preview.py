@@ -6,7 +6,7 @@ import yaml
 
 from moe_peft.data.module import MultitaskDataModule
 from moe_peft.data.preview import describe_mix, load_data_module, preview
-from moe_peft.data.sampling import EqualRows, Proportional
+from moe_peft.data.sampling import EqualRows, Proportional, Uniform
 from tests.conftest import ROOT
 from tests.data.toys import ToyBackbone
 
@@ -22,7 +22,7 @@ def write(path, content):
 def run_config(make_task, tmp_path):
     content = {
         "trainer": {"max_steps": 3},
-        "model": {"class_path": "SomeMethod", "init_args": {"backbone": BACKBONE, "rank": 4}},
+        "model": {"class_path": "LoRA", "init_args": {"backbone": BACKBONE, "rank": 4}},
         "data": {
             "class_path": "MultitaskDataModule",
             "init_args": {"tasks": [str(make_task("films"))], "sampling": {"class_path": "EqualRows"}},
@@ -31,8 +31,12 @@ def run_config(make_task, tmp_path):
     return write(tmp_path / "run.yaml", content)
 
 
-def test_a_fit_configuration_is_read_without_knowing_the_method(run_config):
-    data = load_data_module([run_config])
+def files(*paths):
+    return [part for path in paths for part in ("--config", str(path))]
+
+
+def test_a_fit_configuration_is_read(run_config):
+    data = load_data_module(files(run_config))
     assert data.backbone.name == "anything"
     assert isinstance(data.sampling, EqualRows) and data.batch_size == 16
 
@@ -40,22 +44,28 @@ def test_a_fit_configuration_is_read_without_knowing_the_method(run_config):
 def test_later_files_overlay_earlier_ones(run_config, make_task, tmp_path):
     more = {"class_path": "TaskFolder", "init_args": {"path": str(make_task("next", kind="multiple_choice"))}}
     init_args = {"tasks+": [more], "batch_size": 4, "sampling": {"class_path": "Proportional"}}
-    data = load_data_module([run_config, write(tmp_path / "more.yaml", {"data": {"init_args": init_args}})])
+    data = load_data_module(files(run_config, write(tmp_path / "more.yaml", {"data": {"init_args": init_args}})))
     assert [spec.name for spec in data.specs] == ["films", "next"]
     assert data.batch_size == 4 and isinstance(data.sampling, Proportional)
+
+
+def test_single_arguments_overlay_the_files(run_config):
+    data = load_data_module([*files(run_config), "--data.init_args.batch_size", "4", "--data.sampling", "Uniform"])
+    assert data.batch_size == 4 and isinstance(data.sampling, Uniform)
 
 
 @pytest.mark.parametrize(
     ("content", "telling"),
     [
-        ({"data": {}}, "no --config file has model"),
-        ({"model": {"backbone": BACKBONE}}, "no --config file has data"),
-        (["x"], "holds no mapping"),
+        ({"data": {"class_path": "MultitaskDataModule", "init_args": {"tasks": ["films"]}}}, "required: model"),
+        ({"model": {"class_path": "LoRA", "init_args": {"backbone": BACKBONE}}}, "required: data"),
+        (["x"], "config"),
     ],
 )
-def test_a_missing_section_is_named(tmp_path, content, telling):
-    with pytest.raises(ValueError, match=telling):
-        load_data_module([write(tmp_path / "c.yaml", content)])
+def test_a_missing_section_is_named_in_one_line(tmp_path, content, telling):
+    with pytest.raises(ValueError, match=telling) as error:
+        load_data_module(files(write(tmp_path / "c.yaml", content)))
+    assert "\n" not in str(error.value)
 
 
 def test_preview_shows_rows_template_lengths_and_mix(make_task):
@@ -79,7 +89,9 @@ def test_preview_counts_cut_prompts(make_task):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "data").glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_mixture_is_instantiated(file, tmp_path):
-    data = load_data_module([write(tmp_path / "model.yaml", {"model": {"init_args": {"backbone": BACKBONE}}}), file])
+    data = load_data_module(
+        files(write(tmp_path / "model.yaml", {"model": {"init_args": {"backbone": BACKBONE}}}), file)
+    )
     assert len(data.sources) >= 2
 
 
@@ -88,11 +100,11 @@ def test_tool_ends_in_one_line_on_a_users_mistake(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["preview_mix.py", "--config", str(tmp_path / "none.yaml")])
     with pytest.raises(SystemExit) as end:
         tool["main"]()
-    assert str(end.value).startswith("error: --config") and "\n" not in str(end.value)
+    assert str(end.value).startswith("error: config: ") and "\n" not in str(end.value)
 
 
 def test_bad_argument_is_one_line(run_config, tmp_path):
     wrong = write(tmp_path / "wrong.yaml", {"data": {"init_args": {"batchsize": 4}}})
     with pytest.raises(ValueError, match="batchsize") as error:
-        describe_mix([run_config, wrong], 1)
+        describe_mix(files(run_config, wrong), 1)
     assert "\n" not in str(error.value)

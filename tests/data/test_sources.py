@@ -1,8 +1,10 @@
 import gzip
+import json
 
 import pytest
 
 from moe_peft.data.sources import TaskFolder, TaskSource
+from moe_peft.data.tasks import SPLITS
 from tests.data.toys import choice_rows, class_rows, write_task
 
 
@@ -25,10 +27,66 @@ def test_gzipped_split_is_read(make_task):
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_missing_split_is_an_error_before_any_row_is_read(make_task, split):
+def test_missing_split_is_named_where_it_is_required(make_task, split):
     folder = make_task("toy")
     (folder / f"{split}.jsonl").unlink()
-    with pytest.raises(ValueError, match=f"has no {split}.jsonl or {split}.jsonl.gz; add"):
+    source = TaskFolder(str(folder))
+    source.require([other for other in SPLITS if other != split])
+    for read in (lambda: source.require(SPLITS), lambda: source.rows(split)):
+        with pytest.raises(ValueError, match=f"has no {split}.jsonl or {split}.jsonl.gz; add"):
+            read()
+
+
+def bare(rows, *columns):
+    return [{name: value for name, value in row.items() if name not in columns} for row in rows]
+
+
+def test_rows_without_answers_are_for_prediction_only(tmp_path):
+    rows = bare(class_rows(3), "label", "choices")
+    folder = write_task(tmp_path / "films", {"train": class_rows(2), "test": rows})
+    source = TaskFolder(str(folder))
+    found = source.rows("test", labelled=False)
+    assert [(row["label"], row["choices"]) for row in found] == [(None, ["negative", "positive"])] * 3
+    assert all("target" not in row for row in found)
+    with pytest.raises(ValueError, match="'films', test row '0': choices None"):
+        source.rows("test")
+
+
+def test_a_row_with_choices_still_needs_its_label_outside_prediction(tmp_path):
+    folder = write_task(tmp_path / "films", {"train": class_rows(2), "test": bare(class_rows(3), "label")})
+    with pytest.raises(ValueError, match="test row '0': the label is missing"):
+        TaskFolder(str(folder)).rows("test")
+
+
+def test_multiple_choice_needs_its_choices_even_for_prediction(tmp_path):
+    folder = write_task(tmp_path / "quiz", {"test": bare(choice_rows(3), "choices", "label")}, "multiple_choice")
+    with pytest.raises(ValueError, match="choices None are no list"):
+        TaskFolder(str(folder)).rows("test", labelled=False)
+
+
+def test_a_wrong_label_is_refused_even_for_prediction(tmp_path):
+    rows = class_rows(3)
+    rows[1]["label"] = 2
+    folder = write_task(tmp_path / "films", {"test": rows})
+    with pytest.raises(ValueError, match="label 2 is outside"):
+        TaskFolder(str(folder)).rows("test", labelled=False)
+
+
+@pytest.mark.parametrize(("kind", "metric"), [("regression", "pearson"), ("generation", "exact_match")])
+def test_numbers_and_texts_may_be_unknown_for_prediction(tmp_path, kind, metric):
+    folder = write_task(tmp_path / "open", {"test": [{"id": "1", "text": "film"}]}, kind, metric=metric)
+    assert TaskFolder(str(folder), max_words=5).rows("test", labelled=False)[0]["text"] == "film"
+    with pytest.raises(ValueError, match="'1': (value|target) None"):
+        TaskFolder(str(folder)).rows("test")
+
+
+def test_label_names_may_stand_in_the_description(tmp_path):
+    folder = write_task(tmp_path / "films", {"test": bare(class_rows(3), "label", "choices")})
+    description = json.loads((folder / "task.json").read_text())
+    (folder / "task.json").write_text(json.dumps(description | {"choices": ["negative", "positive"]}))
+    assert TaskFolder(str(folder)).rows("test", labelled=False)[2]["choices"] == ["negative", "positive"]
+    (folder / "task.json").write_text(json.dumps(description | {"choices": "negative, positive"}))
+    with pytest.raises(ValueError, match="choices 'negative, positive'; give the label names as a list"):
         TaskFolder(str(folder)).spec()
 
 

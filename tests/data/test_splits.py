@@ -1,4 +1,4 @@
-from moe_peft.data.splits import cut, drop_repeats, stable_seed, subset
+from moe_peft.data.splits import cut, drop_repeats, linked, stable_seed, subset
 
 FRACTIONS = {"train": 0.7, "validation": 0.1, "test": 0.2}
 
@@ -62,3 +62,17 @@ def test_a_smaller_subset_lies_within_a_larger_one():
     assert len(small) == 10 and all(row in large for row in small)
     assert [int(row["id"]) for row in large] == sorted(int(row["id"]) for row in large)
     assert small != rows(100)[:10]
+
+
+def test_rows_without_answer_contradict_none_but_are_still_repeats():
+    row = rows(1)[0]
+    splits = drop_repeats({"train": [row], "test": [{**row, "id": "x", "label": None, "target": None}]}, True)
+    assert [[kept["id"] for kept in part] for part in splits.values()] == [[], ["x"]]
+
+
+def test_rows_that_share_a_text_directly_or_through_others_are_one_group():
+    pairs = [("a", "b"), ("c", "d"), ("E  f", "g"), ("h", "A"), ("d", "e f"), ("i", "j")]
+    sentences = [{"id": str(i), "text": one, "text_pair": two} for i, (one, two) in enumerate(pairs)]
+    assert linked(sentences, ("text", "text_pair")) == ["0", "1", "1", "0", "1", "5"]
+    assert linked(sentences, ("text",)) == ["0", "1", "2", "3", "4", "5"]
+    assert linked([], ("text",)) == []

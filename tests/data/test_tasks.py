@@ -88,3 +88,12 @@ def test_malformed_template_is_refused(template):
 
 def test_braces_in_a_template_can_be_literal():
     assert template_fields("{{json}} {text} {keyword}") == ["text", "keyword"]
+
+
+@pytest.mark.parametrize("field", ["target", "label", "value"])
+def test_a_template_must_not_give_the_answer_away(field):
+    spec = TaskSpec("toy", "classification", "accuracy", f"{{text}} {{{field}}} :", SPEC.choices)
+    rows = [row | {"target": "positive" if row["label"] else "negative", "value": 1.0} for row in class_rows(2)]
+    with pytest.raises(ValueError, match=f"gives the answer away by {{{field}}}") as error:
+        check_rows(spec, rows, "train")
+    assert "\n" not in str(error.value)

@@ -76,3 +76,6 @@ class ToyBackbone:
 
     def tokenizer(self) -> Any:
         return self._tokenizer
+
+    def packs_options(self, max_length: int) -> bool:
+        return self.kind == "causal"

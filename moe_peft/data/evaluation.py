@@ -1,0 +1,73 @@
+"""How a split is evaluated: single-task batches of similar length, the tasks in turn, each row once over all ranks."""
+
+from collections.abc import Sequence
+from itertools import zip_longest
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from moe_peft.batch import Batch
+from moe_peft.data.collate import Collator
+from moe_peft.data.encoding import EncodedRow
+
+
+class EvalBatches(Dataset[Batch]):
+    """Evaluation batches, grouped beforehand."""
+
+    def __init__(self, batches: list[list[EncodedRow]], collator: Collator) -> None:
+        self.batches = batches
+        self.collator = collator
+
+    def __len__(self) -> int:
+        """Counts the batches of this rank."""
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Collates one batch."""
+        return self.collator.evaluate(self.batches[index])
+
+
+def group_for_evaluation(
+    rows: Sequence[EncodedRow], sequences: int, world_size: int = 1, rank: int = 0
+) -> list[list[EncodedRow]]:
+    """Groups rows into single-task batches of similar length, longest first, and takes this rank's part.
+
+    The tasks take turns, so that the first batches (all that `limit_val_batches` lets through) hold every task. No row
+    is repeated. All ranks have equally many batches where every task has at least as many rows as there are ranks and
+    `sequences` has room for two of its rows; elsewhere a task's last batches may be missing on some ranks, which
+    matters to sharded models only (they need equal step counts).
+
+    Args:
+        rows: All rows of a split.
+        sequences: At most so many sequences (options) in a batch of one rank; a row is never torn apart.
+        world_size: Number of ranks.
+        rank: This process.
+    """
+    tasks: list[list[list[EncodedRow]]] = []
+    for task in sorted({row.task_id for row in rows}):
+        own = [row for row in rows if row.task_id == task]
+        own.sort(key=lambda row: (-_evaluation_length(row), row.row_id))
+        widest = max(len(row.options) or 1 for row in own)
+        per_rank = max(sequences // widest, 1)
+        groups = np.array_split(np.arange(len(own)), -(-len(own) // (per_rank * world_size)))
+        tasks.append([[own[index] for index in group[rank::world_size]] for group in groups])
+    return [batch for turn in zip_longest(*tasks, fillvalue=[]) for batch in turn if batch]
+
+
+def _evaluation_length(row: EncodedRow) -> int:
+    return len(row.prompt) + max((len(option) for option in row.options), default=0)
+
+
+def evaluation_loader(dataset: EvalBatches, num_workers: int, seed: int) -> DataLoader[Batch]:
+    """Loads ready-made batches in order, without drawing from the global random state.
+
+    A plain DataLoader: Lightning rebuilds the loaders of `predict` from their constructor's arguments.
+
+    Args:
+        dataset: This rank's batches.
+        num_workers: Worker processes.
+        seed: Seed of the workers' own random state.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(dataset, batch_size=None, num_workers=num_workers, generator=generator)
