@@ -4,9 +4,12 @@ One interface for causal LMs, encoder-decoders and classifiers. A backbone is ch
 `load`, `tokenizer` and `config` only, so a configuration is checked and counted without weights.
 """
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
+import logging
 import os
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+log = logging.getLogger(__name__)
 CACHE = Path(os.environ.get("MOE_PEFT_CACHE", "~/.cache/moe_peft")).expanduser()
 """Where dequantised models, embeddings and the bare base's predictions are kept."""
 
@@ -195,10 +199,12 @@ class Backbone:
             )
         import transformers
 
+        log.info("dequantising %s, once, into %s", file.name, folder)
         parent = str(file.parent)
         config = transformers.GgufConfig(dequantize=True)
         auto = getattr(transformers, self.auto_class)
-        model = auto.from_pretrained(parent, gguf_file=file.name, dtype=torch.float32, quantization_config=config)
+        with contextlib.redirect_stderr(io.StringIO()):  # transformers draws bars here that no setting turns off
+            model = auto.from_pretrained(parent, gguf_file=file.name, dtype=torch.float32, quantization_config=config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(parent, gguf_file=file.name)
         temporary = folder.with_suffix(f".{os.getpid()}")
         model.save_pretrained(temporary)
@@ -255,36 +261,16 @@ class Classifier(Backbone):
 
     Args:
         name: see `Backbone`.
-        dtype: see `Backbone`.
-        gguf_file: see `Backbone`.
-        sha256: see `Backbone`.
-        revision: see `Backbone`.
-        shape: see `Backbone`.
-        random_weights: see `Backbone`.
-        gradient_checkpointing: see `Backbone`.
-        attention: see `Backbone`.
         pooling: "cls" (first token), "mean" (masked) or "last" (last real token); "auto" is "last" for decoders and
             "mean" otherwise.
+        source: the other arguments of `Backbone`.
     """
 
     kind = "classifier"
     auto_class = "AutoModel"
 
-    def __init__(
-        self,
-        name: str,
-        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-        gguf_file: str | None = None,
-        sha256: str | None = None,
-        revision: str | None = None,
-        shape: dict[str, Any] | None = None,
-        random_weights: bool = False,
-        gradient_checkpointing: bool = False,
-        attention: str | None = None,
-        pooling: Literal["auto", "cls", "mean", "last"] = "auto",
-    ) -> None:
-        own = (gguf_file, sha256, revision, shape, random_weights, gradient_checkpointing, attention)
-        super().__init__(name, dtype, *own)
+    def __init__(self, name: str, pooling: Literal["auto", "cls", "mean", "last"] = "auto", **source: Any) -> None:
+        super().__init__(name, **source)
         self.pooling = pooling
 
     def load(self) -> nn.Module:

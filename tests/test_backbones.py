@@ -17,7 +17,7 @@ def loaded(kind="causal", seed=0):
 
 
 def classifier(pooling, shape=BERT):
-    return Classifier("tiny", "float32", shape=shape, random_weights=True, pooling=pooling)
+    return Classifier("tiny", dtype="float32", shape=shape, random_weights=True, pooling=pooling)
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ T5 = {"model_type": "t5", "vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48
 BACKBONES = {
     "llama": lambda: CausalLM("tiny", "float32", shape=LLAMA, random_weights=True),
     "gpt2": lambda: CausalLM("tiny", "float32", shape=GPT2, random_weights=True),
-    "bert": lambda: Classifier("tiny", "float32", shape=BERT, random_weights=True),
+    "bert": lambda: Classifier("tiny", dtype="float32", shape=BERT, random_weights=True),
     "t5": lambda: Seq2SeqLM("tiny", "float32", shape=T5, random_weights=True),
 }
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13, 14], [20, 21, 22, 23, 24, 25, 26]]
