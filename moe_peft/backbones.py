@@ -271,6 +271,8 @@ class Classifier(Backbone):
 
     def __init__(self, name: str, pooling: Literal["auto", "cls", "mean", "last"] = "auto", **source: Any) -> None:
         super().__init__(name, **source)
+        if pooling not in ("auto", "cls", "mean", "last"):
+            raise ValueError(f"pooling: {pooling!r} is unknown; use auto, cls, mean or last")
         self.pooling = pooling
 
     def load(self) -> nn.Module:

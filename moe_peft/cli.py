@@ -126,6 +126,8 @@ class CLI(LightningCLI):
         """Refuses what cannot go well."""
         config = self.config[self.config.subcommand]
         refuse_unsupported(config.trainer)
+        if self.config.subcommand == "test":
+            config.verbose = False  # Results prints the table
         if self.config.subcommand == "fit" and not config.trainer.fast_dev_run and not config.ckpt_path:
             refuse_existing_run(Path(config.trainer.default_root_dir))
 

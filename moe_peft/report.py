@@ -180,6 +180,7 @@ class Report:
         console = console or Console()
         plain = not console.is_terminal
         width = 160 if plain else console.width
+        console = Console(file=console.file, width=width) if plain else console
         per_table = max(1, (width - len(self.facts.method) - 22) // 17)
         header, cells = self._header(), {name: self._cells(name) for name in ROWS}
         for start in range(0, len(header), per_table):
@@ -191,6 +192,6 @@ class Report:
             for name in ROWS:
                 own = cells[name][start:stop] + (cells[name][-1:] if stop == len(header) else [])
                 table.add_row(self._label(name), *own)
-            console.print(table, width=width, markup=False, highlight=False)
+            console.print(table, markup=False, highlight=False)
         for line in self.lines():
             console.print(line, markup=False, highlight=False, soft_wrap=True)

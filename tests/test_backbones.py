@@ -50,7 +50,7 @@ def test_the_dtype_reaches_the_weights(dtype):
 def test_a_model_is_read_from_its_folder_with_the_same_weights(kind, tmp_path):
     backbone, model = loaded(kind)
     model.save_pretrained(tmp_path)
-    again = type(backbone)(str(tmp_path), "float32")
+    again = type(backbone)(str(tmp_path), dtype="float32")
     assert again.hidden_size == backbone.hidden_size == 32
     state = again.load().state_dict()
     assert state.keys() == model.state_dict().keys()
@@ -66,14 +66,14 @@ def test_a_classifier_has_no_pooler_of_its_own():
 @pytest.mark.parametrize("what", ["load", "config", "tokenizer"])
 def test_an_unreadable_name_is_one_line(what, tmp_path):
     with pytest.raises(ValueError, match="backbone .*nothing' cannot be read.*give a local folder") as error:
-        getattr(CausalLM(str(tmp_path / "nothing"), "float32"), what)()
+        getattr(CausalLM(str(tmp_path / "nothing"), dtype="float32"), what)()
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("what", ["load", "config", "tokenizer"])
 def test_a_folder_without_a_model_is_one_line(what, tmp_path):
     with pytest.raises(ValueError, match="cannot be read.*give a local folder") as error:
-        getattr(CausalLM(str(tmp_path), "float32"), what)()
+        getattr(CausalLM(str(tmp_path), dtype="float32"), what)()
     assert "\n" not in str(error.value)
 
 
@@ -82,7 +82,7 @@ def test_damaged_weights_are_one_line(tmp_path):
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nothing of use")
     with pytest.raises(ValueError, match="cannot be read") as error:
-        CausalLM(str(tmp_path), "float32").load()
+        CausalLM(str(tmp_path), dtype="float32").load()
     assert "\n" not in str(error.value)
 
 
