@@ -114,8 +114,9 @@ class Report:
         best = max(means, key=lambda name: means[name])
         gain = self.gains[best]
         assert gain is not None
+        among = f" (the better of {' and '.join(means)})" if len(means) > 1 else ""
         return (
-            f"{self.facts.method} over {best} (the better of {' and '.join(means)}): {100 * gain.difference:+.1f} "
+            f"{self.facts.method} over {best}{among}: {100 * gain.difference:+.1f} "
             f"points (2 standard errors of the paired difference: {200 * gain.stderr:.1f})"
         )
 

@@ -191,10 +191,10 @@ class MultitaskModule(EvaluationSteps):
         loss = task_loss + sum(terms.values())
         if not torch.isfinite(loss):
             raise ValueError(f"the loss is {loss.item()} at step {self.global_step}; rows {', '.join(batch['row_id'])}")
-        rows = len(means)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=rows, sync_dist=True)
-        for name, term in terms.items():
-            self.log(f"train/{name}", term.detach(), batch_size=rows, sync_dist=True)
+        parts = {"task_loss": task_loss, **terms} if terms else {}
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(means), sync_dist=True)
+        for name, part in parts.items():
+            self.log(f"train/{name}", part.detach(), batch_size=len(means), sync_dist=True)
         return loss
 
     # ---- optimizer ---------------------------------------------------------------------------------------------------

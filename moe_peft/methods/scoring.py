@@ -106,7 +106,8 @@ def packed_option_scores(model: nn.Module, batch: Batch) -> Tensor:
 
 def pooled_features(backbone: Classifier, model: nn.Module, batch: Batch) -> Tensor:
     """Returns the pooled last hidden state [B, D] in fp32."""
-    hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    extra = {"use_cache": False} if _accepts(type(model), "use_cache") else {}
+    hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **extra).last_hidden_state
     return backbone.pool(hidden, batch["attention_mask"]).float()
 
 
