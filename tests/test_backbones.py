@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from moe_peft.backbones import CausalLM, Classifier, resolve_name
+from moe_peft.backbones import CausalLM, Classifier
+from moe_peft.files import resolve_name
 from moe_peft.methods.trex import TRex
 from tests.tiny import BERT, LLAMA, build, output, random_batch, randomise, tiny_backbone
 

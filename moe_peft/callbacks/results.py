@@ -15,8 +15,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from moe_peft import __version__
-from moe_peft.backbones import CACHE, Backbone
+from moe_peft.backbones import Backbone
 from moe_peft.data.tasks import TaskSpec
+from moe_peft.files import CACHE
 from moe_peft.predictions import Prediction, Ranking, majority_predictions
 from moe_peft.report import Facts, Report
 

@@ -92,7 +92,7 @@ class TextEncoder(Embedder):
 
     @cached_property
     def _cache(self) -> EmbeddingCache:
-        from moe_peft.backbones import CACHE
+        from moe_peft.files import CACHE
 
         if self.cache_dir is None:
             return EmbeddingCache(None)
@@ -113,7 +113,7 @@ class TextEncoder(Embedder):
         """Calls `from_pretrained`, turning a missing encoder into one line."""
         import transformers
 
-        from moe_peft.backbones import resolve_name
+        from moe_peft.files import resolve_name
 
         try:
             return getattr(transformers, auto_class).from_pretrained(resolve_name(self.name), **options)
