@@ -10,7 +10,7 @@ matthews, pearson and spearman 0.
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -35,12 +35,13 @@ MEAN_METRICS = ("accuracy", "exact_match", "token_f1")
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """Value of a task's metric (a fraction), its standard error, and the number of rows."""
+    """Value of a task's primary metric (a fraction), its standard error, the number of rows, other metrics' values."""
 
     metric: str
     value: float
     stderr: float
     n: int
+    beside: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,8 @@ def score_task(spec: TaskSpec, predictions: Sequence[Prediction], ranking: Ranki
     """Scores one task by the metric that belongs to it.
 
     f1 is the F1 of class 1 for two classes; for more, and as macro_f1, the mean over the classes that occur. Constant
-    predictions or a constant gold give matthews, pearson and spearman 0. A regression text that is no number counts as
-    the mean of those that are. Texts are compared lower-cased, without articles and without punctuation around words.
+    predictions or a constant gold give matthews, pearson and spearman 0. A regression text that holds no number counts
+    as 0. Texts are compared lower-cased, without articles and without punctuation around words.
 
     Args:
         spec: the task.
@@ -72,16 +73,9 @@ def score_task(spec: TaskSpec, predictions: Sequence[Prediction], ranking: Ranki
     """
     if not predictions:
         raise ValueError(f"task '{spec.name}': predictions=[] cannot be scored; give the split at least one row")
-    metric, n = spec.primary_metric, len(predictions)
-    if metric in MEAN_METRICS:
-        scores = _row_scores(spec, predictions, ranking)
-        value = float(scores.mean())
-        if metric == "token_f1":
-            return TaskScore(metric, value, float(bootstrap(lambda index: scores[index].mean(1), n).std(ddof=1)), n)
-        return TaskScore(metric, value, math.sqrt(value * (1 - value) / n), n)
-    guess, gold, classes = _guess_and_gold(spec, predictions, ranking)
-    resampled = bootstrap(_statistic(metric, guess, gold, classes), n, classes * classes)
-    return TaskScore(metric, _point_estimate(metric, guess, gold, classes), float(resampled.std(ddof=1)), n)
+    (metric, value), *others = [(name, _value(spec, name, predictions, ranking)) for name in spec.metric.split("/")]
+    error = _standard_error(spec, metric, value, predictions, ranking)
+    return TaskScore(metric, value, error, len(predictions), dict(others))
 
 
 def score_row(specs: Sequence[TaskSpec], predictions: Sequence[Prediction], ranking: Ranking) -> Row:
@@ -161,9 +155,28 @@ def _token_f1(guess: str, gold: str) -> float:
     return 2 * common / (len(guess_words) + len(gold_words))
 
 
-def _row_scores(spec: TaskSpec, predictions: Sequence[Prediction], ranking: Ranking) -> np.ndarray:
+def _value(spec: TaskSpec, metric: str, predictions: Sequence[Prediction], ranking: Ranking) -> float:
+    if metric in MEAN_METRICS:
+        return float(_row_scores(metric, predictions, ranking).mean())
+    return _point_estimate(metric, *_guess_and_gold(spec, predictions, ranking))
+
+
+def _standard_error(
+    spec: TaskSpec, metric: str, value: float, predictions: Sequence[Prediction], ranking: Ranking
+) -> float:
+    n = len(predictions)
+    if metric in ("accuracy", "exact_match"):
+        return math.sqrt(value * (1 - value) / n)
+    if metric == "token_f1":
+        scores = _row_scores(metric, predictions, ranking)
+        return float(bootstrap(lambda index: scores[index].mean(1), n).std(ddof=1))
+    guess, gold, classes = _guess_and_gold(spec, predictions, ranking)
+    return float(bootstrap(_statistic(metric, guess, gold, classes), n, classes * classes).std(ddof=1))
+
+
+def _row_scores(metric: str, predictions: Sequence[Prediction], ranking: Ranking) -> np.ndarray:
     """[N] score of each row under a mean metric."""
-    match spec.primary_metric:
+    match metric:
         case "accuracy":
             scores = [row.choice(ranking) == _gold(row, row.label) for row in predictions]
         case "exact_match":
@@ -182,8 +195,7 @@ def _guess_and_gold(
     if spec.kind == "regression":
         values = [math.nan if row.predicted_value is None else row.predicted_value for row in predictions]
         guess = np.asarray(values, dtype=np.float64)
-        parsed = np.isfinite(guess)
-        guess[~parsed] = guess[parsed].mean() if parsed.any() else 0.0
+        guess[~np.isfinite(guess)] = 0.0
         return guess, np.asarray([_gold(row, row.value) for row in predictions], dtype=np.float64), 1
     classes = len(spec.choices) or max(len(row.scores) for row in predictions)
     guess = np.asarray([row.choice(ranking) for row in predictions], dtype=np.int64)
@@ -224,7 +236,7 @@ def _paired_task(
     """Difference and its standard error on one task; a[i] and b[i] are the same row."""
     metric, n = spec.primary_metric, len(a)
     if metric in MEAN_METRICS:
-        differences = _row_scores(spec, a, ranking) - _row_scores(spec, b, ranking)
+        differences = _row_scores(metric, a, ranking) - _row_scores(metric, b, ranking)
         return float(differences.mean()), float(differences.std()) / math.sqrt(n)
     sides = [_guess_and_gold(spec, side, ranking) for side in (a, b)]
     values = [_point_estimate(metric, *side) for side in sides]

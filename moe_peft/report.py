@@ -104,6 +104,9 @@ class Report:
         if row is None:
             return MISSING
         values = asdict(row)
+        for score in values["tasks"].values():
+            if not score["beside"]:
+                del score["beside"]
         return values if row.mean is not None else values | {"mean": MISSING, "stderr": MISSING}
 
     def gain_line(self) -> str:
@@ -133,8 +136,21 @@ class Report:
         return [
             self.gain_line(),
             f"Mean with options ranked by {self.second} instead of {self.facts.ranking}: {', '.join(means)}.",
+            *self._beside(),
             *(f"{note}: {', '.join(tasks)}." for note, tasks in notes.items()),
         ]
+
+    def _beside(self) -> list[str]:
+        """What the metrics are that stand beside a task's primary one."""
+        model = self.rows["model"]
+        assert model is not None
+        lines = []
+        for task, score in model.tasks.items():
+            rows = {name: row.tasks[task] for name, row in self.rows.items() if row is not None and task in row.tasks}
+            for metric in score.beside:
+                values = [f"{self._label(name)} {100 * own.beside[metric]:.1f}" for name, own in rows.items()]
+                lines.append(f"{task} {metric}: {', '.join(values)}.")
+        return lines
 
     def _label(self, name: str) -> str:
         return self.facts.method if name == "model" else name

@@ -140,10 +140,19 @@ def test_constant_regression_scores_zero(metric):
     assert (score.value, score.stderr) == (0, 0)
 
 
-def test_unparsed_number_counts_as_the_mean_of_the_others():
+def test_unparsed_number_counts_as_zero():
     gold = [1.0, 2.0, 3.0, 5.0]
     score = score_task(task("pearson", "regression"), numbers(gold, [1.0, None, 3.5, 4.0]), "sum")
-    assert score.value == pytest.approx(pearsonr(gold, [1.0, 8.5 / 3, 3.5, 4.0])[0], abs=1e-6)
+    assert score.value == pytest.approx(pearsonr(gold, [1.0, 0.0, 3.5, 4.0])[0], abs=1e-6)
+
+
+@pytest.mark.parametrize("metric, other", [("accuracy/f1", f1_score), ("f1/accuracy", accuracy_score)])
+def test_a_second_metric_stands_beside_the_primary_one(metric, other):
+    gold, guess = sample(90, 2)
+    spec, name = task(metric), metric.split("/")[1]
+    score, alone = (score_task(spec, classified(gold, guess), "sum") for spec in (spec, task(metric.split("/")[0])))
+    assert score.beside == {name: pytest.approx(other(gold, guess), abs=1e-6)}
+    assert (score.metric, score.value, score.stderr) == (alone.metric, alone.value, alone.stderr) and alone.beside == {}
 
 
 def test_rankings_differ_by_length():

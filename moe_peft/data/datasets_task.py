@@ -1,15 +1,17 @@
 """A task out of a `datasets` data set, saved to disk or on the hub, by a mapping of its columns."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
+from moe_peft.data.hub import load_splits
 from moe_peft.data.sources import TaskSource
-from moe_peft.data.splits import cut, drop_repeats, stable_seed
+from moe_peft.data.splits import cut, drop_repeats, halves, stable_seed
 from moe_peft.data.tasks import SPLITS, Kind, Row, Split, TaskSpec
 
+HALVES_SEED = 1189
+"""Permutes a split before it is cut in two: the seed of MoRE's code, so that its evaluated rows are our test rows."""
 _COLUMNS = ("id", "text", "text_pair", "keyword", "choices", "choice_keys", "label", "target", "value", "group")
 
 
@@ -18,6 +20,10 @@ class DatasetsTask(TaskSource):
 
     Splits that the data set lacks are cut from the first one it has (by group, fixed seed), and `note` then says so.
     Examples that occur in two splits are kept in test before validation before train.
+
+    `halves` is for data sets whose test labels are hidden, as GLUE's. MoRE's code selects and reports on the same rows:
+    the second half of a permuted validation split (cola, mrpc, rte, stsb) or all of it (the others). Here the second
+    half of that permutation is the test split, and selection sees the first half only.
 
     Args:
         path: A folder written by `save_to_disk`, or a hub id.
@@ -30,6 +36,8 @@ class DatasetsTask(TaskSource):
         metric: The metric; "accuracy" where not given.
         config: The hub data set's configuration.
         splits: Maps train, validation and test to the data set's split names; the same names where not given.
+        halves: A split of the data set that is permuted (seed 1189, as MoRE's code does) and cut in two: validation is
+            its first half, test its second; leave both out of `splits` then.
         choices: Label names of a classification task; from the data set's own label feature where not given.
         choice_columns: The columns that hold the options one by one, in place of `columns.choices`.
         label_offset: What the first option's label is, for labels that count from 1.
@@ -41,6 +49,8 @@ class DatasetsTask(TaskSource):
         test_rows: The same for test.
         max_words: Leaves out rows with more words in prompt and longest option together.
         equal_options: What becomes of a row with two equal options: an error, or the row is left out.
+        shots: Trains on so many rows per class, or in all where the task has no classes; None takes all.
+        shots_seed: Decides which rows those are.
     """
 
     def __init__(
@@ -53,6 +63,7 @@ class DatasetsTask(TaskSource):
         metric: str = "accuracy",
         config: str | None = None,
         splits: dict[str, str] | None = None,
+        halves: str | None = None,
         choices: list[str] | None = None,
         choice_columns: list[str] | None = None,
         label_offset: int = 0,
@@ -64,14 +75,20 @@ class DatasetsTask(TaskSource):
         test_rows: int | None = None,
         max_words: int | None = None,
         equal_options: Literal["error", "drop"] = "error",
+        shots: int | None = None,
+        shots_seed: int = 0,
     ) -> None:
-        super().__init__(train_rows, validation_rows, test_rows, max_words, template, metric, equal_options)
+        super().__init__(
+            train_rows, validation_rows, test_rows, max_words, template, metric, equal_options, shots, shots_seed
+        )
         for field in columns:
             if field not in _COLUMNS:
                 raise ValueError(f"task '{name}': columns names the field '{field}'; use {', '.join(_COLUMNS)}.")
         for split in splits or {}:
             if split not in SPLITS:
                 raise ValueError(f"task '{name}': splits names '{split}'; use {', '.join(SPLITS)}.")
+        if halves is not None and set(splits or {}) - {"train"}:
+            raise ValueError(f"task '{name}': halves='{halves}' makes validation and test; leave them out of splits.")
         if min(validation_fraction, test_fraction) <= 0 or validation_fraction + test_fraction >= 1:
             raise ValueError(
                 f"task '{name}': validation_fraction={validation_fraction} and test_fraction={test_fraction} "
@@ -79,7 +96,8 @@ class DatasetsTask(TaskSource):
             )
         self.kind: Kind = kind
         self.path, self.name, self.config = path, name, config
-        self.columns, self.splits = columns, splits or {split: split for split in SPLITS}
+        self.columns, self.halves = columns, halves
+        self.splits = splits or {split: split for split in (SPLITS if halves is None else SPLITS[:1])}
         self.choices, self.choice_columns = choices, choice_columns
         self.label_offset, self.shuffle_choices = label_offset, shuffle_choices
         self.fractions: dict[Split, float] = {
@@ -92,7 +110,9 @@ class DatasetsTask(TaskSource):
 
     @property
     def note(self) -> str:
-        """Says from which split the missing ones were cut."""
+        """Says where splits come from that the data set does not have."""
+        if self.halves is not None:
+            return f"validation and test are halves of {self.halves}"
         present = [split for split in SPLITS if self.splits.get(split) in self._data()]
         source = "dev" if present[:1] == ["validation"] else "".join(present[:1])
         return "" if len(present) == len(SPLITS) else f"cut from {source}"
@@ -109,11 +129,16 @@ class DatasetsTask(TaskSource):
     def _data(self) -> Mapping[str, Any]:
         """Loads the data set: its splits by their own names."""
         if self._loaded is None:
-            self._loaded = load(self.path, self.config, self.name)
+            self._loaded = load_splits(self.path, self.config, self.name)
             if not any(self.splits.get(split) in self._loaded for split in SPLITS):
                 raise ValueError(
                     f"task '{self.name}': '{self.path}' has the splits {', '.join(self._loaded)}; "
                     "map train, validation and test to them with the argument splits."
+                )
+            if self.halves is not None and self.halves not in self._loaded:
+                raise ValueError(
+                    f"task '{self.name}': halves='{self.halves}' is no split of '{self.path}'; "
+                    f"use one of {', '.join(self._loaded)}."
                 )
         return self._loaded
 
@@ -128,10 +153,9 @@ class DatasetsTask(TaskSource):
     def _all_rows(self) -> dict[Split, list[Row]]:
         data = self._data()
         found: dict[Split, list[Row]] = {}
-        for split in SPLITS:
-            if self.splits.get(split) in data:
-                raw = enumerate(data[self.splits[split]])
-                found[split] = [self._row(record, f"{self.name}-{self.splits[split]}-{i}") for i, record in raw]
+        for split, (own, places) in self._places().items():
+            raw = zip(places, data[own].select(places), strict=True)
+            found[split] = [self._row(record, f"{self.name}-{own}-{i}") for i, record in raw]
         found = drop_repeats(found, options_in_key=self.kind == "multiple_choice")
         if len(found) == len(SPLITS):
             return found
@@ -141,6 +165,19 @@ class DatasetsTask(TaskSource):
         }
         groups = self._groups(found[donor])
         return {**found, **cut(found[donor], groups, missing, seed=stable_seed(self.name))}
+
+    def _places(self) -> dict[Split, tuple[str, Sequence[int]]]:
+        """Where the rows of every split lie that the data set has: in which of its own splits, at which places."""
+        sizes = {own: len(part) for own, part in self._data().items()}
+        places: dict[Split, tuple[str, Sequence[int]]] = {}
+        for split in SPLITS:
+            own = self.splits.get(split)
+            if own in sizes:
+                places[split] = own, range(sizes[own])
+        if self.halves is not None:
+            first, second = halves(sizes[self.halves], HALVES_SEED)
+            places |= {"validation": (self.halves, first), "test": (self.halves, second)}
+        return places
 
     def _groups(self, rows: list[Row]) -> list[str]:
         """Names every row's group: rows of one group stay in one split."""
@@ -193,36 +230,6 @@ class DatasetsTask(TaskSource):
                 "correct columns, choices or label_offset."
             )
         return label
-
-
-def load(path: str, config: str | None, name: str) -> Mapping[str, Any]:
-    """Loads a data set from a folder or from the hub.
-
-    Args:
-        path: A folder written by `save_to_disk` (one split or several), or a hub id.
-        config: The hub data set's configuration.
-        name: The task's name, for the message.
-
-    Returns:
-        The splits by name; a folder with one split has the folder's name for it.
-
-    Raises:
-        ValueError: Neither a readable folder nor a data set that the hub gives now.
-    """
-    import datasets
-
-    folder = Path(path).expanduser()
-    try:
-        if folder.is_dir() and ((folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()):
-            found = datasets.load_from_disk(str(folder))
-        else:
-            found = datasets.load_dataset(path, config)
-    except Exception as error:  # the hub's client raises a dozen unrelated types, offline ones among them
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"task '{name}': cannot load '{path}' ({reason}); give a folder written by save_to_disk, or go online once."
-        ) from None
-    return {folder.name: found} if isinstance(found, datasets.Dataset) else {str(key): found[key] for key in found}
 
 
 def _reach(record: dict[str, Any], path: str, name: str) -> Any:

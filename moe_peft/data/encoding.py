@@ -59,6 +59,8 @@ class Encoder:
         system: System message of the chat template; None leaves the template's default.
         answer_prefix: Text before every answer; " " where not given, and "" for chat and seq2seq.
         number_format: Format of a regression value that is written as text.
+        number_steps: Steps per unit that a regression value is rounded to before it is written (5: multiples of 0.2);
+            not rounded where not given.
 
     Raises:
         ValueError: A setting that this tokenizer or kind cannot honour.
@@ -74,6 +76,7 @@ class Encoder:
         system: str | None = None,
         answer_prefix: str | None = None,
         number_format: str = ".1f",
+        number_steps: int | None = None,
     ) -> None:
         if max_length < 2 or max_length > tokenizer.model_max_length:
             raise ValueError(
@@ -89,6 +92,8 @@ class Encoder:
             raise ValueError(f"bos='{bos}': a classifier's special tokens are the tokenizer's own; use bos='auto'.")
         if bos == "always" and tokenizer.bos_token_id is None:
             raise ValueError("bos='always' needs a start token, which this tokenizer lacks; use bos='auto'.")
+        if number_steps is not None and number_steps < 1:
+            raise ValueError(f"number_steps={number_steps} must be 1 or more, or null for values as they are.")
         if kind != "classifier" and tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token (eos_token), which ends every training answer; set one.")
         self.tokenizer, self.kind, self.max_length = tokenizer, kind, max_length
@@ -96,7 +101,7 @@ class Encoder:
         self.answer_prefix = (
             (" " if kind == "causal" and style == "plain" else "") if answer_prefix is None else answer_prefix
         )
-        self.number_format = number_format
+        self.number_format, self.number_steps = number_format, number_steps
         self._anchored = self._needs_anchor()
         self._prefix, self._suffix = self._special_tokens()
         self._head, self._tail = self._chat_frame() if style == "chat" else ("", "")
@@ -163,6 +168,8 @@ class Encoder:
         value = row.get("value")
         if spec.kind != "regression":
             return row.get("target")
+        if value is not None and self.number_steps is not None:
+            value = round(value * self.number_steps) / self.number_steps
         return None if value is None else format(value, self.number_format)
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:

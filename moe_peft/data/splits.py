@@ -1,11 +1,12 @@
-"""Cutting one set of rows into splits: repeats out, groups together, always the same."""
+"""Which rows a split holds: repeats out, groups together, cuts and draws that are always the same."""
 
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-from moe_peft.data.tasks import SPLITS, Row, Split
+from moe_peft.data.tasks import SPLITS, Row, Split, TaskSpec
 
 
 def stable_seed(*parts: str) -> int:
@@ -119,3 +120,32 @@ def subset(rows: list[Row], count: int | None, *names: str) -> list[Row]:
         return rows
     order = np.random.default_rng(stable_seed(*names)).permutation(len(rows))[:count]
     return [rows[index] for index in sorted(order)]
+
+
+def few_shot(spec: TaskSpec, rows: list[Row], shots: int, seed: int) -> list[Row]:
+    """Draws equally many rows of every class; of two draws with one seed, the smaller lies within the larger.
+
+    Args:
+        spec: The task.
+        rows: All rows.
+        shots: Rows per class, or in all where the task has no classes.
+        seed: Decides which.
+
+    Raises:
+        ValueError: A class has fewer rows.
+    """
+    order = np.random.default_rng([seed, stable_seed(spec.name)]).permutation(len(rows)).tolist()
+    taken: list[int] = []
+    for label, name in enumerate(spec.choices or ("",)):
+        own = [index for index in order if not spec.choices or rows[index]["label"] == label]
+        if len(own) < shots:
+            owner = f"class '{name}' has" if spec.choices else "there are"
+            raise ValueError(f"task '{spec.name}': shots={shots}, but {owner} {len(own)} training rows; lower shots.")
+        taken += own[:shots]
+    return [rows[index] for index in sorted(taken)]
+
+
+def halves(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Permutes `count` row numbers as torch does with a seed, and gives the two halves, each in order."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[: count // 2]), sorted(order[count // 2 :])

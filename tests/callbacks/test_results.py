@@ -69,6 +69,9 @@ class TREX(LightningModule):
         self.max_new_tokens, self.fingerprint, self.base_available = 8, fingerprint, not heads
         self.score_base, self.asked, self.predictions = False, [], {}
 
+    def routing_notes(self):
+        return {}
+
     def trainable_parameters(self):
         return 2
 
@@ -317,6 +320,16 @@ def test_plain_table_has_rows_tasks_notes_and_the_gain():
     line = f"TREX over base: {100 * gain.difference:+.1f} points"
     assert f"{line} (2 standard errors of the paired difference: {200 * gain.stderr:.1f})" in text
     assert "cut from dev: easy, hard." in text
+
+
+def test_second_metrics_stand_below_the_table_and_in_the_file():
+    specs = [TaskSpec("easy", "classification", "accuracy/f1", "{text}", ("no", "yes")), SPECS[1]]
+    report = Report(facts(), specs, {"base": answers(5), "majority": None, "model": answers(8)})
+    # base: rows 1 and 3 of the four yes rows and row 6 of the four no rows are taken for yes
+    assert f"easy f1: base {100 * 4 / 7:.1f}, TREX 100.0." in shown(report)
+    tasks = report.to_dict()["rows"]["base"]["tasks"]
+    assert tasks["easy"]["beside"] == {"f1": pytest.approx(4 / 7)} and "beside" not in tasks["hard"]
+    assert report.rows["base"].mean == (5 / 8 + tasks["hard"]["value"]) / 2
 
 
 def test_the_gain_is_over_the_better_row():

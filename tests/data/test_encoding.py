@@ -112,6 +112,26 @@ def test_start_token_policy_overrides_the_chat_template(bos, starts):
     assert encode(chat=CHAT, style="chat", bos=bos).prompt.count(1) == starts
 
 
+@pytest.mark.parametrize(
+    ("steps", "value", "text"),
+    # 5 * 0.3 is 1.5 and goes to 2, though 0.3 / 0.2 is just below
+    [(None, 2.53, "2.5"), (5, 2.53, "2.6"), (5, 0.3, "0.4"), (1, 2.53, "3.0"), (5, 5.0, "5.0")],
+)
+def test_numbers_are_rounded_to_steps_before_they_are_written(steps, value, text):
+    tokenizer = word_tokenizer("film 0.4 2.5 2.6 3.0 5.0")
+    encoder = Encoder(tokenizer, "seq2seq", number_steps=steps)
+    row = encoder.encode(
+        TaskSpec("sts", "regression", "pearson", "{text}"), 0, [{"id": "1", "text": "film", "value": value}]
+    )[0]
+    assert tokenizer.decode(row.answer[:-1]) == text
+    assert row.row["value"] == row.target == value
+
+
+def test_steps_of_numbers_must_be_positive():
+    with pytest.raises(ValueError, match="number_steps=0 must be 1 or more"):
+        Encoder(word_tokenizer(WORDS), "seq2seq", number_steps=0)
+
+
 def test_regression_is_text_for_a_language_model_and_a_value_for_a_classifier():
     spec = TaskSpec("sts", "regression", "pearson", "{text}")
     row = {"id": "1", "text": "the film", "value": 3.4999}

@@ -176,6 +176,30 @@ def test_setup_finds_a_missing_split_before_training(make_task, split):
         MultitaskDataModule([str(folder)], ToyBackbone()).setup("fit")
 
 
+def test_task_names_and_folder_sources_are_found_under_the_root(make_task, tmp_path):
+    make_task("films", train=8), make_task("next", train=9, kind="multiple_choice")
+    data = MultitaskDataModule(["films", TaskFolder("next", train_rows=2)], ToyBackbone(), root=str(tmp_path))
+    assert [spec.name for spec in data.specs] == ["films", "next"]
+    assert len(data.rows("train")) == 8 + 2
+
+
+def test_a_folder_that_is_not_under_the_root_is_one_clear_line(make_task, tmp_path):
+    make_task("films")
+    for root, path in ((str(tmp_path), tmp_path / "filmes"), (None, "filmes")):
+        with pytest.raises(ValueError) as error:
+            _ = MultitaskDataModule(["filmes"], ToyBackbone(), root=root).specs
+        assert f"task folder '{path}' does not exist" in str(error.value) and "data.root" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_steps_of_numbers_reach_the_encoder(tmp_path):
+    splits = dict.fromkeys(("train", "validation", "test"), [{"id": "1", "text": "film", "value": 2.53}])
+    folder = write_task(tmp_path / "sts", splits, "regression", metric="pearson")
+    tokenizer = word_tokenizer(TOY_WORDS + " 2.6")
+    data = MultitaskDataModule([str(folder)], ToyBackbone("seq2seq", tokenizer), number_steps=5)
+    assert tokenizer.decode(data.rows("train")[0].answer) == "2.6 </s>"
+
+
 def test_seed_is_the_runs_own_where_none_is_given(make_data, monkeypatch):
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     unset = epoch_ids(make_data(), 0)

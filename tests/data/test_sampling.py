@@ -118,8 +118,10 @@ def test_exponential_share_is_mores_table():
     assert np.allclose(found, expected, atol=5e-5)
 
 
-def test_exponential_share_is_nearly_uniform_whatever_the_sizes():
-    found = shares(ExponentialShare(), [1_000_000, 1, 1])
+@pytest.mark.parametrize("sizes", [[1_000_000, 1, 1], [10**9, 1], [1, 1, 1], [7], SIZES])
+def test_exponential_share_is_nearly_uniform_whatever_the_sizes(sizes):
+    found = shares(ExponentialShare(), sizes)
+    assert np.isclose(found.sum(), 1)
     assert found.max() / found.min() < np.e
 
 

@@ -1,5 +1,7 @@
 import gzip
 import json
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -153,9 +155,49 @@ def test_rows_with_equal_options_are_dropped_on_demand(tmp_path):
         TaskFolder(folder).rows("test")
 
 
-def test_limit_below_one_is_refused(make_task):
-    with pytest.raises(ValueError, match="test_rows=0"):
-        TaskFolder(str(make_task("toy")), test_rows=0)
+@pytest.mark.parametrize(
+    ("arguments", "telling"),
+    [
+        ({"test_rows": 0}, "test_rows=0"),
+        ({"shots": 0}, "shots=0"),
+        ({"shots_seed": -1}, "shots_seed=-1 must not be negative"),
+        ({"shots": 2, "train_rows": 9}, "shots=2 and train_rows=9 both limit"),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(make_task, arguments, telling):
+    with pytest.raises(ValueError, match=telling):
+        TaskFolder(str(make_task("toy")), **arguments)
+
+
+def test_shots_limit_training_rows_alone(make_task):
+    folder = str(make_task("toy", train=40))
+    source = TaskFolder(folder, shots=3)
+    assert Counter(row["label"] for row in source.rows("train")) == {0: 3, 1: 3}
+    assert (len(source.rows("validation")), len(source.rows("test"))) == (5, 7)
+    assert source.rows("train") != TaskFolder(folder, shots=3, shots_seed=1).rows("train")
+
+
+def test_shots_are_drawn_from_rows_that_max_words_keeps(tmp_path):
+    rows = class_rows(40)
+    for row in rows[:30]:
+        row["text"] += " and long"
+    folder = write_task(tmp_path / "films", {"train": rows})
+    taken = TaskFolder(str(folder), shots=5, max_words=6).rows("train")
+    assert sorted(int(row["id"]) for row in taken) == list(range(30, 40))
+
+
+def test_a_relative_folder_lies_under_the_root_and_an_absolute_one_where_it_is(make_task, tmp_path):
+    folder = make_task("toy", train=6)
+    assert TaskFolder("toy", train_rows=2).under(tmp_path).spec().name == "toy"
+    assert len(TaskFolder("toy", train_rows=2).under(tmp_path).rows("train")) == 2
+    assert TaskFolder(str(folder)).under(Path("/nowhere")).spec().name == "toy"
+
+
+def test_a_source_moved_under_two_roots_reads_both(tmp_path):
+    source = TaskFolder("toy")
+    for root, count in (("a", 3), ("b", 5)):
+        write_task(tmp_path / root / "toy", {"train": class_rows(count)})
+        assert len(source.under(tmp_path / root).rows("train")) == count
 
 
 def test_a_source_of_ones_own_needs_two_methods():

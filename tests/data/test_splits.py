@@ -1,4 +1,9 @@
-from moe_peft.data.splits import cut, drop_repeats, linked, stable_seed, subset
+from collections import Counter
+
+import pytest
+
+from moe_peft.data.splits import cut, drop_repeats, few_shot, halves, linked, stable_seed, subset
+from moe_peft.data.tasks import TaskSpec
 
 FRACTIONS = {"train": 0.7, "validation": 0.1, "test": 0.2}
 
@@ -76,3 +81,56 @@ def test_rows_that_share_a_text_directly_or_through_others_are_one_group():
     assert linked(sentences, ("text", "text_pair")) == ["0", "1", "1", "0", "1", "5"]
     assert linked(sentences, ("text",)) == ["0", "1", "2", "3", "4", "5"]
     assert linked([], ("text",)) == []
+
+
+CLASSES = TaskSpec("toy", "classification", "accuracy", "{text}", ("a", "b", "c"))
+CHOICES = TaskSpec("quiz", "multiple_choice", "accuracy", "{text}")
+
+
+def labelled(count):
+    """Rows of three classes; class b is in every second row, a and c in every fourth."""
+    return [row | {"label": (0, 1, 2, 1)[i % 4]} for i, row in enumerate(rows(count))]
+
+
+def ids(some):
+    return [int(row["id"]) for row in some]
+
+
+def test_shots_are_so_many_rows_of_every_class():
+    taken = few_shot(CLASSES, labelled(80), 5, seed=0)
+    assert Counter(row["label"] for row in taken) == {0: 5, 1: 5, 2: 5}
+    assert ids(taken) == sorted(ids(taken)) != list(range(15))
+
+
+def test_shots_of_a_task_without_classes_are_so_many_rows_in_all():
+    assert len(few_shot(CHOICES, labelled(80), 7, seed=0)) == 7
+
+
+def test_shots_follow_seed_and_task_and_fewer_lie_within_more():
+    def draw(shots=4, seed=0, spec=CLASSES):
+        return set(ids(few_shot(spec, labelled(80), shots, seed)))
+
+    assert draw() == draw() and draw(3) < draw(9)
+    other = TaskSpec("other", "classification", "accuracy", "{text}", ("a", "b", "c"))
+    assert draw() != draw(seed=1) and draw() != draw(spec=other)
+
+
+@pytest.mark.parametrize(
+    ("spec", "shots", "telling"),
+    [(CLASSES, 3, "'toy': shots=3, but class 'a' has 2 "), (CHOICES, 9, "'quiz': shots=9, but there are 8 ")],
+)
+def test_too_few_rows_for_the_shots_are_one_clear_line(spec, shots, telling):
+    with pytest.raises(ValueError) as error:
+        few_shot(spec, labelled(8), shots, seed=0)
+    assert telling in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_class_without_rows_has_too_few():
+    with pytest.raises(ValueError, match="class 'c' has 0"):
+        few_shot(CLASSES, labelled(80)[:2], 1, seed=0)
+
+
+def test_halves_share_no_row_and_leave_none_out():
+    # torch.randperm(7) under seed 1189 is 0 5 2 | 1 6 4 3
+    assert halves(7, 1189) == ([0, 2, 5], [1, 3, 4, 6])
+    assert halves(8, 1) != halves(8, 2)
