@@ -232,13 +232,18 @@ class Classifier(Backbone):
             setattr(model, "pooler", None)  # noqa: B010  (typed as a module)
         return model
 
+    @property
+    def pooled_by(self) -> str:
+        """The pooling in use: "cls", "mean" or "last"."""
+        if self.pooling != "auto":
+            return self.pooling
+        from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+        return "mean" if type(self.config()) in MODEL_FOR_MASKED_LM_MAPPING else "last"
+
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Pools hidden states [B, S, D] to [B, D]; mask [B, S] marks real tokens."""
-        pooling = self.pooling
-        if pooling == "auto":
-            from transformers import MODEL_FOR_MASKED_LM_MAPPING
-
-            pooling = "mean" if type(self.config()) in MODEL_FOR_MASKED_LM_MAPPING else "last"
+        pooling = self.pooled_by
         if pooling == "mean":
             weights = mask.to(hidden.dtype).unsqueeze(-1)
             return (hidden * weights).sum(1) / weights.sum(1)

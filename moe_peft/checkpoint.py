@@ -4,6 +4,7 @@ A checkpoint holds the adapters, routers, heads and priors, and under the key "m
 base and tasks it belongs to. It is always read with `weights_only=True`.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,34 +26,47 @@ def describe(module: "MultitaskModule") -> dict[str, Any]:
         "fingerprint": module.fingerprint,
         "embedder": module.prior.embedder.fingerprint() if module.prior is not None and module.fingerprint else "",
         "tasks": [task.name for task in module.specs],
+        "specs": [asdict(task) for task in module.specs],
+        "representation": module.representation,
         "config": module.config,
     }
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, argument: str = "ckpt_path") -> dict[str, Any]:
     """Reads a checkpoint file onto the CPU.
+
+    Args:
+        path: the file.
+        argument: whose value it is, for the error.
 
     Raises:
         ValueError: no such file, a truncated file, or one that this package did not write.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"ckpt_path: {str(path)!r} is no file; give a checkpoint, or the word best or last")
+        words = ", or the word best or last" if argument == "ckpt_path" else ""
+        raise ValueError(f"{argument}: {str(path)!r} is no file; give a checkpoint{words}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
-        raise ValueError(f"ckpt_path: {str(path)!r} may not be read; change its permissions") from None
+        raise ValueError(f"{argument}: {str(path)!r} may not be read; change its permissions") from None
     except Exception:  # torch raises a dozen kinds here: pickle, zip, EOF, runtime, and their texts help nobody
         raise ValueError(
-            f"ckpt_path: {str(path)!r} is truncated or no checkpoint: give a whole file written by `moe_peft fit`"
+            f"{argument}: {str(path)!r} is truncated or no checkpoint: give a whole file written by `moe_peft fit`"
         ) from None
     if not isinstance(checkpoint, dict) or "moe_peft" not in checkpoint:
-        raise ValueError(f"ckpt_path: {str(path)!r} is no moe_peft checkpoint: give a file written by `moe_peft fit`")
+        raise ValueError(f"{argument}: {str(path)!r} is no moe_peft checkpoint: give a file written by `moe_peft fit`")
     return checkpoint
 
 
-def refuse_foreign(checkpoint: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raises one line if a checkpoint belongs to another method, base or task list than the module at hand."""
+def refuse_foreign(checkpoint: dict[str, Any], here: dict[str, Any], tasks: bool = True) -> None:
+    """Raises one line if a checkpoint belongs to another method, base or task list than the module at hand.
+
+    Args:
+        checkpoint: as read from a file.
+        here: the description of the module at hand.
+        tasks: whether the task lists must be the same.
+    """
     there = checkpoint.get("moe_peft")
     if there is None:
         raise ValueError("the checkpoint was not written by moe_peft")
@@ -63,25 +77,34 @@ def refuse_foreign(checkpoint: dict[str, Any], here: dict[str, Any]) -> None:
         ("embedder", "configure the embedder that its prior was fitted with"),
         ("tasks", "configure the same tasks in the same order"),
     ):
-        if there[name] != here[name]:
+        if there[name] != here[name] and (tasks or name != "tasks"):
             raise ValueError(f"checkpoint of another {name}: it has {there[name]!r}, this run {here[name]!r}; {fix}")
 
 
-def check_adapter_state(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Compares a checkpoint's tensors with the module's adapter tensors, by name and shape.
+def check_adapter_names(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Compares the names of a checkpoint's tensors with those of the module's adapter tensors.
 
     Raises:
         ValueError: names the first difference and how many there are.
     """
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
-    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
     for what, names in (("lacks", missing), ("has unexpected", unexpected)):
         if names:
             raise ValueError(
                 f"the checkpoint {what} {len(names)} tensors, first {names[0]!r}: "
                 "it was made with other targets or options; use its own config.yaml"
             )
+
+
+def check_adapter_state(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Compares a checkpoint's tensors with the module's adapter tensors, by name and shape.
+
+    Raises:
+        ValueError: names the first difference.
+    """
+    check_adapter_names(own, state)
+    shapes = [name for name in own if own[name].shape != state[name].shape]
     if shapes:
         name = min(shapes)
         raise ValueError(

@@ -13,18 +13,27 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from moe_peft import backbones, embedders
-from moe_peft.callbacks import ablation, checkpoints, predictions, results, semantic_prior
+from moe_peft.callbacks import (
+    ablation,
+    checkpoints,
+    predictions,
+    rank_report,
+    results,
+    semantic_prior,
+    task_contrast,
+    transfer,
+)
 from moe_peft.callbacks.progress import PlainProgress
 from moe_peft.callbacks.resume import ExactResume
 from moe_peft.checkpoint import conflicts, read_checkpoint
 from moe_peft.data import module as data_module
 from moe_peft.loggers import MetricsCSV
 from moe_peft.messages import one_line
-from moe_peft.methods import lora, trex
+from moe_peft.methods import lora, more, trex
 from moe_peft.methods.base import MultitaskModule
 
 # Imported so that their classes are known to the configuration by bare name.
-NAMED = (ablation, backbones, embedders, semantic_prior, lora, trex)
+NAMED = (ablation, backbones, embedders, rank_report, semantic_prior, task_contrast, transfer, lora, more, trex)
 # Where a model's files lie may differ from machine to machine; the fingerprints decide whether it is the same model.
 LOCATION = tuple(
     f"init_args.{owner}.init_args.{name}"
@@ -37,7 +46,16 @@ LOCATION = tuple(
 # Arguments that play no part in evaluating a checkpoint, or only there.
 TRAINING = tuple(
     f"init_args.{name}"
-    for name in ("optimizer", "scheduler", "lr", "weight_decay", "loss_mean", "ranking", "max_new_tokens")
+    for name in (
+        "optimizer",
+        "scheduler",
+        "lr",
+        "weight_decay",
+        "loss_mean",
+        "ranking",
+        "max_new_tokens",
+        "unknown_task",
+    )
 )
 # Precisions that cast the whole module, adapters included.
 HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")

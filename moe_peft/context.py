@@ -7,7 +7,7 @@ computed for other rows, or a model called with other rows, raises.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,10 @@ class Routing(NamedTuple):
     """[B, S, k] chosen experts where the choice is sparse."""
 
 
+Contrast = Callable[[str, Tensor, Tensor], Tensor | None]
+"""(slot, the layer's input [B, S, D], task embeddings [T, d]) -> a loss per row [B], or None."""
+
+
 class RoutingContext:
     """Facts of the batch that is being processed, and the routing that was recorded for it."""
 
@@ -34,6 +38,10 @@ class RoutingContext:
         self.recording = False
         """True: routers leave their `Routing` in `records`, by slot. Off by default: it keeps activations alive."""
         self.records: dict[str, Routing] = {}
+        self.contrast: Contrast | None = None
+        """Compares a layer's input with the task embeddings while training (set by the TaskContrast callback)."""
+        self._terms: dict[str, dict[str, Tensor]] = {}
+        self._held: dict[str, Tensor] = {}
         self._facts: dict[str, Tensor] = {}
         self._key: Tensor | None = None
         self._width = 0
@@ -41,7 +49,7 @@ class RoutingContext:
 
     def begin(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Starts a batch: forgets the facts of the one before and returns the new content key [B]."""
-        self._facts, self.records = {}, {}
+        self._facts, self.records, self._terms, self._held = {}, {}, {}, {}
         self._key, self._width, self._input = content_key(input_ids, attention_mask), input_ids.shape[1], input_ids
         return self._key
 
@@ -98,6 +106,23 @@ class RoutingContext:
                 "the model was called with other rows than its routing facts: go through the module's forward"
             )
 
+    def add_term(self, name: str, slot: str, value: Tensor | None) -> None:
+        """Leaves a layer's part of a loss term, if any; by slot, because recomputation runs the layer twice."""
+        if value is not None:
+            self._terms.setdefault(name, {})[slot] = value
+
+    def terms(self, name: str) -> list[Tensor]:
+        """Returns the parts that this batch's layers left of a loss term."""
+        return list(self._terms.get(name, {}).values())
+
+    def hold(self, slot: str, make: Callable[[], Tensor]) -> Tensor:
+        """Returns what `make` gives, made once per batch and layer where no gradient is needed (decoding, testing)."""
+        if torch.is_grad_enabled():
+            return make()
+        if slot not in self._held:
+            self._held[slot] = make()
+        return self._held[slot]
+
     def record(self, slot: str, routing: Routing) -> None:
         """Keeps a layer's first routing of the batch: the prefill's, where generation goes on token by token."""
         if self.recording:
@@ -114,13 +139,14 @@ class RoutingContext:
 
     @contextlib.contextmanager
     def _restored(self, snapshot: tuple[dict[str, Tensor], bool]) -> Iterator[None]:
-        now = self._facts, self.enabled, self.recording
+        now = self._facts, self.enabled, self.recording, self._terms
         self._facts, self.enabled = snapshot
-        self.recording = False
+        # The loss has its terms; recomputed ones would keep the activations of every recomputed layer alive.
+        self.recording, self._terms = False, {}
         try:
             yield
         finally:
-            self._facts, self.enabled, self.recording = now
+            self._facts, self.enabled, self.recording, self._terms = now
 
     def checkpoint_fns(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
         """`context_fn` of torch.utils.checkpoint: recomputation sees the facts as they were at its own forward."""

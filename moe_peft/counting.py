@@ -8,15 +8,16 @@ from jsonargparse import ArgumentParser, Namespace
 
 from moe_peft import backbones, embedders
 from moe_peft.data.tasks import TaskSpec
-from moe_peft.methods import lora, trex
+from moe_peft.layers.rank_selector import TaskEmbedding
+from moe_peft.methods import lora, more, trex
 from moe_peft.methods.base import MultitaskModule
 
 # Imported so that their classes are known to the configuration by bare name.
-NAMED = (backbones, embedders, lora, trex)
+NAMED = (backbones, embedders, lora, more, trex)
 
 
 SECTIONS = ("trainer", "data", "checkpoint", "results", "predictions", "seed_everything", "ckpt_path")
-PARTS = ("base", "trainable", "factors", "router", "gates", "prior", "heads")
+PARTS = ("base", "trainable", "factors", "router", "embeddings", "gates", "prior", "heads")
 
 
 def model_parser(ignored: Sequence[str] = SECTIONS) -> ArgumentParser:
@@ -53,8 +54,8 @@ def count_parameters(module: MultitaskModule) -> dict[str, Any]:
     """Counts a built module's parameters.
 
     Returns:
-        base, trainable, percent (trainable of base), and trainable counts per part: factors, router, gates, prior
-        (its trainable projections), heads.
+        base, trainable, percent (trainable of base), per_task (trainable by task), and trainable counts per part:
+        factors, router, embeddings (of tasks), gates, prior (its trainable projections), heads.
     """
     counts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for name, parameter in module.named_parameters():
@@ -63,7 +64,8 @@ def count_parameters(module: MultitaskModule) -> dict[str, Any]:
             continue
         counts["trainable"] += parameter.numel()
         counts[part_of(module, name)] += parameter.numel()
-    return counts | {"percent": round(100 * counts["trainable"] / counts["base"], 4)}
+    percent = round(100 * counts["trainable"] / counts["base"], 4)
+    return counts | {"percent": percent, "per_task": counts["trainable"] // len(module.specs)}
 
 
 def part_of(module: MultitaskModule, name: str) -> str:
@@ -73,6 +75,8 @@ def part_of(module: MultitaskModule, name: str) -> str:
     if name.startswith("heads."):
         return "heads"
     owner, _, leaf = name.rpartition(".")
+    if isinstance(module.get_submodule(owner), TaskEmbedding):
+        return "embeddings"
     if leaf in getattr(module.get_submodule(owner), "gate_names", ()):
         return "gates"
     return "prior" if leaf == "projection" or name.startswith("prior.") else "router"

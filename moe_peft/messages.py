@@ -134,12 +134,12 @@ def arguments_of(owner: type) -> list[str]:
 
 
 def _subclasses(base: type) -> list[str]:
-    """Names this package's classes below `base`."""
+    """Names this package's classes below `base`, in order."""
     found: list[str] = []
     for cls in type.__subclasses__(base):
         ours = cls.__module__.startswith("moe_peft.") and cls.__module__ != "moe_peft.cli"
         found += [cls.__name__] * ours + _subclasses(cls)
-    return found
+    return sorted(found)
 
 
 def _type_name(text: str) -> str:

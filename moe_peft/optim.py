@@ -5,6 +5,7 @@ learning rate and weight decay; which group a parameter belongs to is decided by
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -21,7 +22,7 @@ class PerGroup:
 
     Args:
         adapters: factors (A, B, tensor-train cores).
-        routers: router weights and projections.
+        routers: router weights and projections, rank selectors and task embeddings.
         gates: scalar gates (T-REX's ω and m).
         heads: classifier heads.
     """
@@ -45,23 +46,7 @@ class WeightDecays(PerGroup):
 
 
 class LearningRates(PerGroup):
-    """Learning rate per parameter group.
-
-    Args:
-        adapters: factors (A, B, tensor-train cores).
-        routers: router weights and projections.
-        gates: scalar gates (T-REX's ω and m); their slope of 100 makes a step of 5e-3 switch a layer off.
-        heads: classifier heads.
-    """
-
-    def __init__(
-        self,
-        adapters: float | None = None,
-        routers: float | None = None,
-        gates: float | None = 5e-5,
-        heads: float | None = None,
-    ) -> None:
-        super().__init__(adapters, routers, gates, heads)
+    """Learning rate per parameter group; None takes the method's own (`default_rates`), else the optimizer's."""
 
 
 def parameter_groups(module: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -87,15 +72,23 @@ def parameter_groups(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {group: parameters for group, parameters in groups.items() if parameters}
 
 
-def optimizer_groups(module: nn.Module, rates: LearningRates, decays: WeightDecays) -> list[dict]:
-    """Returns the optimizer's parameter groups, named, with the rates and decays that were set."""
+def optimizer_groups(
+    module: nn.Module, rates: LearningRates, decays: WeightDecays, defaults: Mapping[str, float]
+) -> list[dict]:
+    """Returns the optimizer's parameter groups, named, with the rates and decays that were set.
+
+    Args:
+        module: whose trainable parameters.
+        rates: as the user set them.
+        decays: as the user set them.
+        defaults: the method's own learning rates, for groups whose rate the user did not set.
+    """
     groups = []
     for name, parameters in parameter_groups(module).items():
+        rate, decay = getattr(rates, name), getattr(decays, name)
+        settings = {"lr": defaults.get(name) if rate is None else rate, "weight_decay": decay}
         group: dict = {"params": parameters, "name": name}
-        if getattr(rates, name) is not None:
-            group["lr"] = getattr(rates, name)
-        if getattr(decays, name) is not None:
-            group["weight_decay"] = getattr(decays, name)
+        group |= {setting: value for setting, value in settings.items() if value is not None}
         groups.append(group)
     return groups
 

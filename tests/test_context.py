@@ -128,6 +128,48 @@ def test_recomputation_keeps_the_adapters_off_where_they_were_off():
     assert context.enabled
 
 
+def test_recomputation_leaves_no_terms():
+    """The loss has its own already; those of a recomputation would keep its activations alive."""
+    context, _, _ = begun()
+    context.add_term("contrast", "slot", torch.ones(3))
+    _, recompute = context.checkpoint_fns()
+    with recompute:
+        context.add_term("contrast", "slot", torch.zeros(3))
+        context.add_term("contrast", "other", torch.zeros(3))
+    (kept,) = context.terms("contrast")
+    assert torch.equal(kept, torch.ones(3))
+
+
+def test_terms_are_kept_by_name_and_slot_until_the_next_batch():
+    context, _, ids = begun()
+    context.add_term("contrast", "one", torch.tensor(1.0))
+    context.add_term("contrast", "one", torch.tensor(2.0))
+    context.add_term("contrast", "two", torch.tensor(3.0))
+    context.add_term("contrast", "three", None)
+    context.add_term("rank_cost", "one", torch.tensor(4.0))
+    assert [term.item() for term in context.terms("contrast")] == [2.0, 3.0]
+    assert [term.item() for term in context.terms("rank_cost")] == [4.0]
+    assert context.terms("other") == []
+    context.begin(ids, torch.ones_like(ids))
+    assert context.terms("contrast") == []
+
+
+def test_what_needs_no_gradient_is_made_once_per_batch_and_slot():
+    context, _, ids = begun()
+    made = []
+
+    def make():
+        made.append(torch.rand(()))
+        return made[-1]
+
+    with torch.no_grad():
+        assert context.hold("one", make) is context.hold("one", make)
+        assert context.hold("two", make) is made[1]
+        context.begin(ids, torch.ones_like(ids))
+        assert context.hold("one", make) is made[2]
+    assert context.hold("one", make) is made[3] and context.hold("one", make) is made[4]
+
+
 def test_disabled_ends_with_its_block_even_after_an_error():
     context = RoutingContext()
     with pytest.raises(KeyError), context.disabled():

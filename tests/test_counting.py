@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_peft.counting import build_on_meta, count_parameters, model_parser
+from moe_peft.counting import PARTS, build_on_meta, count_parameters, model_parser
 
 ROOT = Path(__file__).parents[1]
 # Trainable counts on nine bases: T-REX 4x8, LoRA r=32, rank1 r=32; from r1*D + r2*O + r1*r2*D + 2 and its relatives,
@@ -36,7 +36,45 @@ def test_count_equals_the_published_figure(base, column, method):
     counts = counts_of(f"--config={ROOT}/configs/paper/{method}.yaml", f"--config={ROOT}/configs/bases/{base}.yaml")
     assert counts["base"] == COUNTS[base][0]
     assert counts["trainable"] == COUNTS[base][column]
-    assert counts["trainable"] == sum(counts[part] for part in ("factors", "router", "gates", "prior", "heads"))
+    assert counts["trainable"] == sum(counts[part] for part in PARTS[2:])
+    assert counts["embeddings"] == 0 and counts["per_task"] == counts["trainable"] // 8
+
+
+@pytest.mark.parametrize(
+    "base, parameters, linears, trainable",
+    [("t5-base", 222_903_552, 192, 3_244_032), ("llama2-7b", 6_738_415_616, 224, 19_988_480)],
+)
+def test_lora_of_rank_8_is_mores_baseline(base, parameters, linears, trainable):
+    files = [f"--config={ROOT}/configs/{part}.yaml" for part in ("paper/lora-r8", f"bases/{base}")]
+    module = build_on_meta(model_parser().parse_args(files), 8)
+    counts = count_parameters(module)
+    assert (counts["base"], counts["trainable"]) == (parameters, trainable)
+    assert len(module.adapted) == linears
+
+
+@pytest.mark.parametrize(
+    "base, linears, parts, per_task",
+    [
+        ("t5-base", 192, {"factors": 3_244_032, "router": 1_623_552, "embeddings": 1_622_016}, 811_200),
+        ("llama2-7b", 224, {"factors": 19_988_480, "router": 9_111_296, "embeddings": 9_109_504}, 4_776_160),
+    ],
+)
+def test_more_has_its_published_counts(base, linears, parts, per_task):
+    """6,489,600 on T5-base: counted on the official code's own object too; 38,209,280 on LLaMA-2-7B."""
+    files = [f"--config={ROOT}/configs/{part}.yaml" for part in ("paper/more", f"bases/{base}")]
+    module = build_on_meta(model_parser().parse_args(files), 8)
+    counts = count_parameters(module)
+    assert len(module.adapted) == linears
+    assert {part: counts[part] for part in parts} == parts
+    assert counts["trainable"] == sum(parts.values()) == {"t5-base": 6_489_600, "llama2-7b": 38_209_280}[base]
+    assert counts["per_task"] == per_task
+
+
+def test_mores_shared_form_costs_three_percent_of_its_lora():
+    files = [f"--config={ROOT}/configs/{part}.yaml" for part in ("paper/more", "bases/t5-base")]
+    counts = counts_of(*files, "--model.embedding_dim=64")
+    assert counts["router"] + counts["embeddings"] == 100_352
+    assert counts["embeddings"] == 8 * 64 and counts["factors"] == 3_244_032
 
 
 def test_options_move_the_right_part():
@@ -62,7 +100,8 @@ def test_the_tool_prints_json_last():
     )
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["base"] == 134_515_008
-    assert set(counts) == {"base", "trainable", "percent", "factors", "router", "gates", "prior", "heads"}
+    parts = {"factors", "router", "embeddings", "gates", "prior", "heads"}
+    assert set(counts) == parts | {"base", "trainable", "percent", "per_task"}
 
 
 def test_an_unknown_target_is_named():

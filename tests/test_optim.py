@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from moe_peft.methods.lora import LoRA
+from moe_peft.methods.more import MoRE
 from moe_peft.methods.trex import TRex
 from moe_peft.optim import LearningRates, WarmupDecay, WeightDecays, optimizer_groups, parameter_groups
 from tests.tiny import build, fit_prior, random_batch
@@ -34,6 +35,15 @@ def test_every_trainable_parameter_is_in_exactly_one_group(kind):
     assert list(groups) == ["adapters", "routers", "gates", "heads"][: 4 if kind == "classifier" else 3]
 
 
+@pytest.mark.parametrize("options", [{}, {"embedding_dim": 6}, {"selector": "random"}], ids=str)
+def test_a_rank_selector_and_its_task_embeddings_are_routers(options):
+    groups = names_of(build(MoRE, "classifier", **options))
+    assert set(groups.values()) == {"adapters", "routers", "heads"}
+    for name, group in groups.items():
+        assert group == ("adapters" if ".factors." in name else "heads" if name.startswith("heads.") else "routers")
+    assert any("embedding" in name for name in groups)
+
+
 def test_empty_groups_are_left_out():
     assert list(parameter_groups(build(LoRA))) == ["adapters"]
 
@@ -46,12 +56,31 @@ def test_groups_do_not_depend_on_the_parameters_state():
     assert names_of(module) == before
 
 
-def test_rates_and_decays_reach_their_groups_and_others_keep_the_optimizers_own():
-    module = build(TRex, "classifier")
-    groups = optimizer_groups(module, LearningRates(routers=0.2, heads=0.0), WeightDecays(gates=0.5))
+def settings(module, rates, decays, defaults):
+    """Returns every group's rate and decay in an optimizer whose own are 0.1 and 0.01."""
+    groups = optimizer_groups(module, rates, decays, defaults)
     optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.01)
-    found = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
-    assert found == {"adapters": (0.1, 0.01), "routers": (0.2, 0.01), "gates": (5e-5, 0.5), "heads": (0.0, 0.01)}
+    return {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+
+
+def test_rates_and_decays_reach_their_groups_and_others_keep_the_methods_or_the_optimizers_own():
+    module = build(TRex, "classifier")
+    rates, decays = LearningRates(routers=0.2, heads=0.0), WeightDecays(gates=0.5)
+    expected = {"adapters": (0.1, 0.01), "routers": (0.2, 0.01), "gates": (0.1, 0.5), "heads": (0.0, 0.01)}
+    assert settings(module, rates, decays, {}) == expected
+    own = {"gates": 0.3, "routers": 0.4, "adapters": 0.5}
+    expected |= {"gates": (0.3, 0.5), "adapters": (0.5, 0.01)}
+    assert settings(module, rates, decays, own) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "own"), [(LoRA, {}), (TRex, {"gates": 5e-5}), (MoRE, {"routers": 1e-2})], ids=["LoRA", "TRex", "MoRE"]
+)
+def test_a_methods_own_rates(method, own):
+    """Fixed by the official T-REX, and for MoRE where ranks move; the rest is the optimizer's."""
+    module = build(method, optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.1), scheduler=None)
+    found = {group["name"]: group["lr"] for group in module.configure_optimizers().param_groups}
+    assert found == {name: own.get(name, 0.1) for name in found} and own.keys() <= found.keys()
 
 
 @pytest.mark.parametrize("group", ["adapters", "routers", "gates", "heads"])

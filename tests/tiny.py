@@ -61,7 +61,7 @@ def tiny_backbone(kind: str = "causal", **arguments: Any) -> Backbone:
 def build(method: type, kind: str = "causal", seed: int = 0, backbone: Backbone | None = None, **arguments: Any) -> Any:
     """A method on a tiny backbone; the backbone's weights depend on the seed only."""
     torch.manual_seed(seed)
-    module = method(backbone=backbone or tiny_backbone(kind), tasks=TASKS, **arguments)
+    module = method(**{"backbone": backbone or tiny_backbone(kind), "tasks": TASKS} | arguments)
     module.configure_model()
     return module
 

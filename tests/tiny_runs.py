@@ -48,6 +48,10 @@ ROWS = {
     "count": (text_rows, "generation", "exact_match"),
     "stars": (value_rows, "regression", "pearson"),
 }
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "TRex": ({"r1": 2, "r2": 3}, {"class_path": "SemanticPriorFit", "init_args": {"n_init": 2}}),
+    "MoRE": ({"rank": 4}, {"class_path": "TaskContrast"}),
+}
 
 
 class World:
@@ -71,22 +75,24 @@ class World:
         splits = {"train": rows(train), "validation": rows(5, start=1000), "test": rows(9, start=2000)}
         return write_task(folder, splits, kind, metric=metric, name=name)
 
-    def config(self, tasks: tuple[str, ...] | list[Path] = ("tone", "next"), kind: str = "causal") -> dict[str, Any]:
-        """A whole T-REX configuration: two epochs on one process, with no cache outside `root`."""
+    def config(
+        self, tasks: tuple[str, ...] | list[Path] = ("tone", "next"), kind: str = "causal", method: str = "TRex"
+    ) -> dict[str, Any]:
+        """A whole configuration of T-REX, or another method: two epochs on one process, no cache outside `root`."""
+        own, callback = METHODS[method]
         class_path = {"causal": "CausalLM", "seq2seq": "Seq2SeqLM", "classifier": "Classifier"}[kind]
         backbone = {"class_path": class_path, "init_args": {"name": str(self.backbones[kind]), "dtype": "float32"}}
         folders = [str(self.tasks[task] if isinstance(task, str) else task) for task in tasks]
         return {
             "seed_everything": 3,
             "model": {
-                "class_path": "TRex",
+                "class_path": method,
                 "init_args": {
                     "backbone": backbone,
-                    "r1": 2,
-                    "r2": 3,
                     "dropout": 0.1,
                     "max_new_tokens": 3,
                     "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+                    **own,
                 },
             },
             "data": {
@@ -97,7 +103,7 @@ class World:
                 "accelerator": "cpu",
                 "max_epochs": 2,
                 "log_every_n_steps": 1,
-                "callbacks": [{"class_path": "SemanticPriorFit", "init_args": {"n_init": 2}}, {"class_path": RECORDER}],
+                "callbacks": [dict(callback), {"class_path": RECORDER}],
             },
             "results": {"cache_dir": str(self.root / "cache"), "save_predictions": True},
         }

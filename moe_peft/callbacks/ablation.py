@@ -1,12 +1,16 @@
-"""What a trained router and a fitted prior are worth: test the same checkpoint with one of them spoilt."""
+"""What a trained routing is worth: test the same checkpoint with a part of it spoilt."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from moe_peft.layers.rank_selector import RankSelector
 from moe_peft.layers.routers import JointRouter
 from moe_peft.methods.base import MultitaskModule
+
+What = Literal["uniform_router", "shuffled_prior", "shuffled_ranks", "full_ranks"]
 
 
 class RoutingAblation(Callback):
@@ -15,12 +19,13 @@ class RoutingAblation(Callback):
     Give the test a run folder of its own, so that its results do not take the place of the honest ones.
 
     Args:
-        what: "uniform_router" sets every router's scores to zero (all pairs alike); "shuffled_prior" hands every
-            cluster's similarity to another cluster's pair.
+        what: T-REX: "uniform_router" sets every router's scores to zero (all pairs alike), "shuffled_prior" hands every
+            cluster's similarity to another cluster's pair. MoRE: "shuffled_ranks" hands every task's ranks to another
+            task, "full_ranks" gives every task the largest rank everywhere.
         seed: of the shuffle.
     """
 
-    def __init__(self, what: Literal["uniform_router", "shuffled_prior"], seed: int = 0) -> None:
+    def __init__(self, what: What, seed: int = 0) -> None:
         self.what, self.seed = what, seed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -37,18 +42,40 @@ class RoutingAblation(Callback):
         """Spoils the routing, after the checkpoint was loaded.
 
         Raises:
-            ValueError: the method has no such router or prior.
+            ValueError: the method has no such routing.
         """
         assert isinstance(pl_module, MultitaskModule)
-        routers = [layer.router for layer in pl_module.adapted.values() if isinstance(layer.router, JointRouter)]
-        prior = pl_module.prior
-        if self.what == "uniform_router" and routers:
-            for router in routers:
-                router.weight.zero_()
-        elif self.what == "shuffled_prior" and prior is not None:
-            generator = torch.Generator().manual_seed(self.seed)
-            order = torch.randperm(prior.clusters, generator=generator)
-            # Handing on along a random cycle moves every cluster.
-            prior.centroids[order] = prior.centroids[order.roll(1)].clone()
-        else:
+        spoil: dict[str, Callable[[MultitaskModule], bool]] = {
+            "uniform_router": self._uniform_router,
+            "shuffled_prior": self._shuffled_prior,
+            "shuffled_ranks": self._ranks,
+            "full_ranks": self._ranks,
+        }
+        if not spoil[self.what](pl_module):
             raise ValueError(f"RoutingAblation: {type(pl_module).__name__} has nothing to make a {self.what}")
+
+    def _others(self, count: int) -> torch.Tensor:
+        """For each of `count` places another one: along a random cycle, so that every place changes."""
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
+        return torch.empty_like(order).index_copy(0, order, order.roll(1))
+
+    def _uniform_router(self, module: MultitaskModule) -> bool:
+        routers = [layer.router for layer in module.adapted.values() if isinstance(layer.router, JointRouter)]
+        for router in routers:
+            router.weight.zero_()
+        return bool(routers)
+
+    def _shuffled_prior(self, module: MultitaskModule) -> bool:
+        if module.prior is None:
+            return False
+        module.prior.centroids.copy_(module.prior.centroids[self._others(module.prior.clusters)])
+        return True
+
+    def _ranks(self, module: MultitaskModule) -> bool:
+        selectors = [layer.router for layer in module.adapted.values() if isinstance(layer.router, RankSelector)]
+        others = self._others(len(module.specs))
+        for selector in selectors:
+            chosen = selector.probabilities().argmax(-1)
+            full = torch.full_like(chosen, len(selector.expert_ranks) - 1)
+            selector.fix(full if self.what == "full_ranks" else chosen[others])
+        return bool(selectors)

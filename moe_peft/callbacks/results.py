@@ -46,6 +46,10 @@ class TestedModule(Protocol):
         """Counts trainable numbers."""
         ...
 
+    def routing_notes(self) -> dict[str, str]:
+        """What the table must say of how tasks were routed, by task."""
+        ...
+
 
 class Results(Callback):
     """Writes results.json and results.md after the test that follows a fit; results.test-<checkpoint>.* after others.
@@ -150,7 +154,10 @@ class Results(Callback):
         labels = {spec.name: data.majority(spec.name) for spec in module.specs if spec.has_options}
         majority = majority_predictions(module.specs, model, labels)
         answers = {"base": self._base_answers(module), "majority": majority, "model": model}
-        report = Report(self._facts(trainer, module, getattr(data, "notes", {})), module.specs, answers)
+        notes = dict(getattr(data, "notes", {}))
+        for task, note in module.routing_notes().items():
+            notes[task] = f"{notes[task]}; {note}" if task in notes else note
+        report = Report(self._facts(trainer, module, notes), module.specs, answers)
         report.print()
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

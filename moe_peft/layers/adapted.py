@@ -48,6 +48,8 @@ class AdaptedLinear(nn.Module):
         self.factors, self.router = factors, router
         self.scale, self.dropout, self.slot = scale, dropout, slot
         self.context = context
+        self.register_parameter("original", None)
+        """W0 while the base's own weight is a merged one (`merge`), else None."""
 
     @property
     def weight(self) -> Tensor:
@@ -81,7 +83,7 @@ class AdaptedLinear(nn.Module):
             h, scores = shrink(x, torch.cat([a, rows])).split([a.shape[0], rows.shape[0]], -1)
         if self.router is None:
             return h
-        return apply_core(h.to(a.dtype), self.router(h, scores, self.context, self.slot))
+        return apply_core(h.to(a.dtype), self.router(x, h, scores, self.context, self.slot))
 
     def delta(self, x: Tensor) -> Tensor:
         """Returns the update alone, s * B C(x) A x: [..., O]."""
@@ -89,12 +91,26 @@ class AdaptedLinear(nn.Module):
         return expand(x.new_zeros(*x.shape[:-1], self.out_features), self.rank_space(x, a), b, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns W0 x + bias + delta(x): [..., O] in the base's dtype."""
+        """Returns W0 x + bias + delta(x): [..., O] in the base's dtype; merged, that is one plain linear."""
+        if self.original is not None:
+            return self._merged_forward(x, self.original)
         y = self.base(x)
         if not self.context.enabled:
             return y
         a, b = self.factors()
         return expand(y, self.rank_space(x, a), b, self.scale)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base's weight holds the update."""
+        return self.original is not None
+
+    def _merged_forward(self, x: Tensor, original: Tensor) -> Tensor:
+        if self.training:
+            raise ValueError(f"{self.slot} is merged, which leaves nothing to train: call unmerge() before training")
+        if not self.context.enabled:
+            return nn.functional.linear(x, original, self.base.bias)
+        return self.base(x)
 
     @torch.no_grad()
     def merged_weight(self, core: Tensor | None = None) -> Tensor:
@@ -105,7 +121,32 @@ class AdaptedLinear(nn.Module):
         """
         a, b = self.factors()
         delta = self.scale * b @ (a if core is None else core.unsqueeze(-1) * a if core.dim() == 1 else core @ a)
-        return (self.base.weight.to(delta.dtype) + delta).to(self.base.weight.dtype)
+        weight = self.base.weight if self.original is None else self.original
+        return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+    def merge(self, core: Tensor | None = None) -> None:
+        """Puts `merged_weight(core)` in the base's place and keeps W0 itself, so that nothing is lost to rounding.
+
+        Args:
+            core: see `merged_weight`.
+
+        Raises:
+            ValueError: it is merged already.
+        """
+        if self.merged:
+            raise ValueError(f"{self.slot} is merged already: call unmerge() first")
+        merged = nn.Parameter(self.merged_weight(core), requires_grad=False)
+        self.original, self.base.weight = self.base.weight, merged
+
+    def unmerge(self) -> None:
+        """Puts W0 back, the very tensor that `merge` took away.
+
+        Raises:
+            ValueError: it is not merged.
+        """
+        if self.original is None:
+            raise ValueError(f"{self.slot} is not merged: there is nothing to take back")
+        self.base.weight, self.original = self.original, None
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -2,7 +2,7 @@
 
 A token-level router stores rows that read the layer's input (`rows()`), so that the adapted linear can project them
 together with A in one product; the router then sees only the resulting scores. Shapes: B batch, S sequence, E experts
-(or pairs), R rows of A, Q columns of B, K clusters.
+(or pairs), R rows of A, Q columns of B, D in, K clusters.
 """
 
 import math
@@ -28,16 +28,25 @@ class Router(nn.Module):
         """Returns the rows [E, D] that score an input, or None for a router that does not read it."""
         return None
 
-    def forward(self, h: Tensor, scores: Tensor | None, context: RoutingContext, slot: str) -> Tensor | None:
+    def static_core(self, task: int) -> Tensor | None:
+        """Returns the core [R] or [Q, R] of a task's rows where no input enters it, so that it can be merged.
+
+        Raises:
+            ValueError: the router reads its input.
+        """
+        raise ValueError(f"{type(self).__name__} reads its input: such an adapter is no fixed matrix per task")
+
+    def forward(self, x: Tensor, h: Tensor, scores: Tensor | None, context: RoutingContext, slot: str) -> Tensor | None:
         """Returns the core for these rows (see `kernels.reference` for its forms), in fp32.
 
         Args:
+            x: [B, S, D] the layer's input, before dropout.
             h: [B, S, R] rank-space activations A x.
             scores: [B, S, E] = x rows()ᵀ, or None.
             context: the batch's facts; the routing is recorded there under `slot`.
             slot: the adapted linear's name in the model.
         """
-        raise TypeError(f"{type(self).__name__} must implement forward(h, scores, context, slot)")
+        raise TypeError(f"{type(self).__name__} must implement forward(x, h, scores, context, slot)")
 
 
 class JointRouter(Router):
@@ -137,7 +146,7 @@ class JointRouter(Router):
         s = s.to(self.weight.dtype)
         return s if self.projection is None else s @ self.projection.mT
 
-    def forward(self, h: Tensor, scores: Tensor | None, context: RoutingContext, slot: str) -> Tensor:
+    def forward(self, x: Tensor, h: Tensor, scores: Tensor | None, context: RoutingContext, slot: str) -> Tensor:
         """Returns C: [B, S, r2, r1], or the diagonal [B, S, E] in rank-one mode."""
         assert scores is not None
         omega, magnitude = self.gates()

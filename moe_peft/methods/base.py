@@ -4,7 +4,8 @@ A method states how one linear is adapted (`adapt`) and, where it has them, its 
 downloads and no schedules: the backbone brings the model, the data module the tasks, callbacks the schedules.
 """
 
-from typing import Any, Literal, Protocol, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -18,22 +19,18 @@ from moe_peft.context import RoutingContext
 from moe_peft.data.tasks import TaskSpec
 from moe_peft.layers.adapted import AdaptedLinear, inject, output_head
 from moe_peft.layers.prior import SemanticPrior
+from moe_peft.layers.representation import Representation
+from moe_peft.methods import merging
 from moe_peft.methods.evaluation import EvaluationSteps
 from moe_peft.methods.heads import TaskHeads
 from moe_peft.methods.scoring import answer_nll, pooled_features
-from moe_peft.optim import LearningRates, WarmupDecay, WeightDecays, optimizer_groups
+from moe_peft.methods.training import TrainingSteps
+from moe_peft.optim import LearningRates, WarmupDecay, WeightDecays
 from moe_peft.predictions import Ranking
+from moe_peft.quirks import contiguous_input, silence_dropout
 
 
-class LossTerms(Protocol):
-    """A callback that adds weighted terms to the training loss, computed inside `training_step`."""
-
-    def loss_terms(self, module: "MultitaskModule", batch: Batch) -> dict[str, Tensor]:
-        """Returns named scalar terms, already weighted."""
-        ...
-
-
-class MultitaskModule(EvaluationSteps):
+class MultitaskModule(TrainingSteps, EvaluationSteps):
     """Base of all methods: a frozen backbone, adapted linears, and the multitask loss.
 
     Args:
@@ -42,7 +39,8 @@ class MultitaskModule(EvaluationSteps):
         targets: linears to adapt: "all-linear" (all but the output head), a regular expression, or name suffixes.
         optimizer: class path and arguments of a torch optimizer.
         scheduler: class path and arguments of a learning-rate scheduler, stepped every optimizer step.
-        lr: learning rate per parameter group where it differs from the optimizer's (gates default to 5e-5).
+        lr: learning rate per parameter group where it differs from the method's own (`default_rates`) and the
+            optimizer's.
         weight_decay: weight decay per parameter group where it differs from the optimizer's.
         loss_mean: "row": mean over the global batch's rows of each row's mean answer-token loss; "token": mean over
             the global batch's answer tokens.
@@ -50,6 +48,8 @@ class MultitaskModule(EvaluationSteps):
         max_new_tokens: length of generated answers.
     """
 
+    default_rates: ClassVar[Mapping[str, float]] = {}
+    """The method's own learning rates of parameter groups that the optimizer's would not suit."""
     missing_prior: Literal["error", "token_only"] = "error"
     """What to do where a method has a prior that was never fitted."""
 
@@ -82,6 +82,10 @@ class MultitaskModule(EvaluationSteps):
         self.config: dict[str, Any] | None = None
         self._recomputed: list[nn.Module] = []
         self.fingerprint = ""
+        self.representation: Representation | None = None
+        """What a row's vector was where inputs were drawn to task embeddings (by TaskContrast), else None."""
+        self.merged_task: int | None = None
+        """The task that is merged, where the method's cores depend on the task."""
         # The checkpoint holds adapters only; `load_state_dict` makes its own, stricter check.
         self.strict_loading = False
 
@@ -93,6 +97,14 @@ class MultitaskModule(EvaluationSteps):
 
     def method_loss_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Returns the method's own named, weighted loss terms."""
+        return {}
+
+    def task_of_row(self, row: int) -> str:
+        """Names the task of a row of the method's task tables, which `routed_tasks` gives."""
+        return self.specs[row].name
+
+    def routing_notes(self) -> dict[str, str]:
+        """Returns what a table of the tested predictions must say of how tasks were routed, by task."""
         return {}
 
     def diagnostics(self) -> dict[str, float]:
@@ -151,13 +163,43 @@ class MultitaskModule(EvaluationSteps):
                 block.training = mode  # HF recomputes only blocks whose own flag says training
         return self
 
+    def mergeable_task(self, task: str | int) -> int:
+        """Returns the id of a task, by name or id, all rows of which are routed alike."""
+        return merging.task_number(self, task)
+
+    def merge(self, task: str | int | None = None) -> None:
+        """Folds the adapters into the base weights: the forward is then the bare base's, at its cost.
+
+        Heads stay apart, checkpoints stay what they were, and `unmerge` restores every weight to the bit.
+
+        Args:
+            task: by name or id; may be left out by a method that treats all tasks alike.
+
+        Raises:
+            ValueError: merged already, no such task, none where one is needed, or cores that depend on the input.
+        """
+        merging.merge(self, task)
+
+    def unmerge(self) -> None:
+        """Takes the adapters out of the base weights again.
+
+        Raises:
+            ValueError: nothing is merged.
+        """
+        merging.unmerge(self)
+
     # ---- forward and loss -------------------------------------------------------------------------------------------
+
+    def routed_tasks(self, batch: Batch) -> Tensor:
+        """Returns the task ids [B] that routers see: the rows' own."""
+        return batch["task_id"]
 
     def begin(self, batch: Batch) -> None:
         """Publishes the batch's routing facts: task ids, and the semantic prior where the method has one."""
+        merging.refuse_other_tasks(self, batch)
         key = self.context.begin(batch["input_ids"], batch["attention_mask"])
         if "task_id" in batch:
-            self.context.put("task_id", batch["task_id"], key)
+            self.context.put("task_id", self.routed_tasks(batch), key)
         wanted = self.prior is not None and self.context.enabled
         if self.prior is not None and wanted and (self.prior.fitted or self.missing_prior == "error"):
             self.context.put("prior", self.prior(batch), key)
@@ -177,37 +219,6 @@ class MultitaskModule(EvaluationSteps):
         nll = answer_nll(self.backbone, model, batch)
         tokens = (batch["labels"] != IGNORE_INDEX).sum(1)
         return nll.sum(1) / tokens, nll.sum(1)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Task loss plus every term of the method and of the callbacks; each is logged as `train/<name>`."""
-        self.begin(batch)
-        means, sums = self.row_losses(batch)
-        by_row = self.loss_mean == "row"
-        task_loss = means.sum() / batch["rows_share"] if by_row else sums.sum() / batch["tokens_share"]
-        terms = self.method_loss_terms(batch)
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "loss_terms"):
-                terms |= callback.loss_terms(self, batch)
-        loss = task_loss + sum(terms.values())
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {loss.item()} at step {self.global_step}; rows {', '.join(batch['row_id'])}")
-        parts = {"task_loss": task_loss, **terms} if terms else {}
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(means), sync_dist=True)
-        for name, part in parts.items():
-            self.log(f"train/{name}", part.detach(), batch_size=len(means), sync_dist=True)
-        return loss
-
-    # ---- optimizer ---------------------------------------------------------------------------------------------------
-
-    def configure_optimizers(self) -> Any:
-        """One optimizer with the named groups of `moe_peft.optim`, one schedule stepped every optimizer step."""
-        optimizer = self.optimizer(optimizer_groups(self, self.lr, self.weight_decay))
-        if self.scheduler is None:
-            return optimizer
-        scheduler = self.scheduler(optimizer)
-        if isinstance(scheduler, WarmupDecay):
-            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # ---- checkpoint --------------------------------------------------------------------------------------------------
 
@@ -231,25 +242,11 @@ class MultitaskModule(EvaluationSteps):
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads adapters; missing, unexpected or misshapen tensors are an error whatever `strict` says."""
+        if merging.merged_layers(self):
+            raise ValueError("loading adapters into a merged model would not move it: call unmerge() first")
         check_adapter_state(self.adapter_state(), state_dict)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def trainable_parameters(self) -> int:
         """Counts trainable numbers."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-
-
-def contiguous_input(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-    """Makes an output head's input contiguous.
-
-    `logits_to_keep` hands the head a slice; on a sliced 3-D input torch copies the whole vocabulary matrix once per row
-    (half of a training step on SmolLM2, and gigabytes in evaluation).
-    """
-    return (args[0].contiguous(),)
-
-
-def silence_dropout(block: nn.Module) -> None:
-    """Zeroes a block's own dropout rates: its training flag is on to recompute, but the frozen base never drops."""
-    for name, value in vars(block).items():
-        if "drop" in name and isinstance(value, float):
-            setattr(block, name, 0.0)

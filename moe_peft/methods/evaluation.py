@@ -6,26 +6,31 @@ pass (`score_base`), as the first row of the results table.
 """
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from moe_peft.batch import Batch
+from moe_peft.data.tasks import TaskSpec
 from moe_peft.methods.scoring import generate_text, option_scores, pooled_features
+from moe_peft.methods.training import Part
 from moe_peft.metrics import score_row
 from moe_peft.predictions import Prediction
 
 if TYPE_CHECKING:
     from moe_peft.methods.base import MultitaskModule
 
+ROUTED_AS = "as_task/"
+"""In a prediction's routing: the known task that a row of an unknown one was routed as."""
 NUMBER = re.compile(r"[-+]?\d*\.?\d+")
 
 
-class EvaluationSteps(LightningModule):
+class EvaluationSteps(Part):
     """The evaluation half of `MultitaskModule`; keeps predictions of the running epoch in `predictions`."""
 
     score_base: bool = False
@@ -84,13 +89,14 @@ class EvaluationSteps(LightningModule):
         self._log_scores("test", self.predictions["model"])
 
     def _log_scores(self, stage: str, predictions: list[Prediction]) -> None:
-        """Logs `<stage>/<task>/<metric>` and `<stage>/mean`, over the tasks that have rows."""
+        """Logs `<stage>/<task>/<metric>` and `<stage>/mean` (of primary metrics), over the tasks that have rows."""
         scores = score_row(self._module().specs, predictions, self._module().ranking).tasks
-        self.log_dict({f"{stage}/{name}/{score.metric}": score.value for name, score in scores.items()})
+        for name, score in scores.items():
+            values = {score.metric: score.value, **score.beside}
+            self.log_dict({f"{stage}/{name}/{metric}": value for metric, value in values.items()})
+        for name, shares in routed_shares(self._module().specs, predictions).items():
+            self.log_dict({f"{stage}/unknown/{name}/{known}": share for known, share in shares.items()})
         self.log(f"{stage}/mean", sum(score.value for score in scores.values()) / len(scores), prog_bar=True)
-
-    def _module(self) -> "MultitaskModule":
-        return self  # type: ignore[return-value]
 
 
 def gather(own: list[Prediction]) -> list[Prediction]:
@@ -158,6 +164,8 @@ def as_prediction(
 def routing_summary(module: "MultitaskModule", batch: Batch, first: list[int]) -> list[dict[str, float] | None]:
     """Mean routing weight of every expert over a row's real tokens and all layers, where routing was recorded.
 
+    A row of an unknown task says in any case which known task it was routed as.
+
     Args:
         module: its context holds the records of the batch's forward.
         batch: the batch.
@@ -165,8 +173,9 @@ def routing_summary(module: "MultitaskModule", batch: Batch, first: list[int]) -
     """
     records = list(module.context.records.values())
     sequences = len(batch["row_id"])
+    known = [{ROUTED_AS + name: 1.0} if name else {} for name in routed_as(module, batch, first)]
     if not records or any(record.weights.shape[0] not in (1, sequences) for record in records):
-        return [None] * len(first)
+        return [row or None for row in known]
     mask = batch["attention_mask"].to(torch.float32)
     mask = mask / mask.sum(1, keepdim=True)
     total: Tensor = torch.zeros(())
@@ -174,4 +183,26 @@ def routing_summary(module: "MultitaskModule", batch: Batch, first: list[int]) -
         weights = record.weights.float().expand(sequences, -1, -1)
         fits = weights.shape[1] == mask.shape[1]
         total = total + (torch.einsum("bs,bse->be", mask, weights) if fits else weights.mean(1)).cpu() / len(records)
-    return [{f"expert_{index}": round(value, 6) for index, value in enumerate(total[at].tolist())} for at in first]
+    return [
+        {f"expert_{index}": round(value, 6) for index, value in enumerate(total[at].tolist())} | row
+        for at, row in zip(first, known, strict=True)
+    ]
+
+
+def routed_as(module: "MultitaskModule", batch: Batch, first: list[int]) -> list[str | None]:
+    """Returns for every row the known task that it was routed as, None where that is its own."""
+    rows, own = module.context.get("task_id", len(batch["row_id"])), batch["task_id"]
+    if rows is None:
+        return [None] * len(first)
+    pairs = [(int(rows[at]), int(own[at])) for at in first]
+    return [None if row == task else module.task_of_row(row) for row, task in pairs]
+
+
+def routed_shares(specs: Sequence[TaskSpec], predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:
+    """Returns which share of an unknown task's rows was routed as which known task: {task: {known: share}}."""
+    counts: dict[str, Counter[str]] = {}
+    for prediction in predictions:
+        for name in prediction.routing or {}:
+            if name.startswith(ROUTED_AS):
+                counts.setdefault(specs[prediction.task].name, Counter())[name.removeprefix(ROUTED_AS)] += 1
+    return {task: {name: count / own.total() for name, count in sorted(own.items())} for task, own in counts.items()}

@@ -11,6 +11,11 @@ from torch.nn.functional import cross_entropy
 from moe_peft.data.tasks import TaskSpec
 
 
+def outputs_of(task: TaskSpec) -> int:
+    """Returns how many outputs a task's head has."""
+    return len(task.choices) if task.kind == "classification" else 1
+
+
 class TaskHeads(nn.Module):
     """Heads of all tasks on a pooled feature.
 
@@ -34,7 +39,7 @@ class TaskHeads(nn.Module):
                 raise ValueError(
                     f"task {task.name!r} of kind {task.kind!r} has no classifier head: use a CausalLM backbone"
                 )
-        self.outputs = [len(task.choices) if task.kind == "classification" else 1 for task in tasks]
+        self.outputs = [outputs_of(task) for task in tasks]
         self.regression = [task.kind == "regression" for task in tasks]
         self.linear = nn.Linear(features, sum(self.outputs), device=device, dtype=torch.float32)
         owner = [task for task, outputs in enumerate(self.outputs) for _ in range(outputs)]

@@ -9,7 +9,8 @@ for ever where the prior does not tell them apart.
 """
 
 import logging
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -49,6 +50,9 @@ class TRex(MultitaskModule):
         dropout: on the adapter's input; the router reads it before dropout.
         common: the arguments of `MultitaskModule`.
     """
+
+    default_rates: ClassVar[Mapping[str, float]] = {"gates": 5e-5}
+    """At a slope of 100, a step of 5e-3 switches a layer off."""
 
     def __init__(
         self,

@@ -5,8 +5,9 @@ import torch
 
 from moe_peft.callbacks.ablation import RoutingAblation
 from moe_peft.methods.lora import LoRA
+from moe_peft.methods.more import MoRE
 from moe_peft.methods.trex import TRex
-from tests.tiny import build, fit_prior, randomise
+from tests.tiny import build, fit_prior, output, random_batch, randomise
 
 
 def trained():
@@ -48,3 +49,21 @@ def test_a_fit_or_a_method_without_routing_is_refused():
         RoutingAblation("uniform_router").setup(None, trained(), "fit")
     with pytest.raises(ValueError, match="LoRA has nothing"):
         RoutingAblation("uniform_router").on_test_start(None, build(LoRA))
+
+
+@pytest.mark.parametrize("what", ["shuffled_ranks", "full_ranks"])
+def test_ranks_go_to_other_tasks_or_to_the_full_rank(what):
+    module = build(MoRE, rank=4)
+    randomise(module)
+    before = module.rank_table()
+    RoutingAblation(what).on_test_start(None, module)
+    swapped = {slot: ranks[::-1] for slot, ranks in before.items()}
+    assert module.rank_table() == (swapped if what == "shuffled_ranks" else {slot: [4, 4] for slot in before})
+    assert module.rank_table() != before
+    batch = random_batch()
+    spoilt = output(module, batch)
+    fresh = build(MoRE, rank=4)
+    randomise(fresh)
+    assert (spoilt - output(fresh, batch)).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="LoRA has nothing"):
+        RoutingAblation(what).on_test_start(None, build(LoRA))

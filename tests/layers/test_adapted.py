@@ -21,7 +21,7 @@ class Fixed(Router):
         super().__init__()
         self.core = core
 
-    def forward(self, h, scores, context, slot):
+    def forward(self, x, h, scores, context, slot):
         return self.core
 
 
@@ -156,7 +156,7 @@ def test_the_router_reads_the_input_before_dropout():
         def rows(self):
             return torch.eye(7)
 
-        def forward(self, h, scores, context, slot):
+        def forward(self, x, h, scores, context, slot):
             self.seen = scores
             return torch.ones_like(h)
 

@@ -31,7 +31,7 @@ def run(router, context, seed=1):
     torch.manual_seed(seed)
     x = torch.randn(BATCH, SEQUENCE, INPUTS)
     h = torch.randn(BATCH, SEQUENCE, R1)
-    return router(h, x @ router.rows().mT, context, "slot"), x
+    return router(x, h, x @ router.rows().mT, context, "slot"), x
 
 
 def prior_of(clusters=PAIRS):
@@ -133,10 +133,16 @@ def test_the_start_values(init):
 
 def test_the_core_is_fp32_for_a_low_precision_input():
     router, context = router_of(clusters=PAIRS), context_with(prior_of())
-    scores = torch.randn(BATCH, SEQUENCE, PAIRS).bfloat16()
-    assert router(torch.randn(BATCH, SEQUENCE, R1), scores, context, "slot").dtype == torch.float32
+    x, scores = (torch.randn(BATCH, SEQUENCE, width).bfloat16() for width in (INPUTS, PAIRS))
+    assert router(x, torch.randn(BATCH, SEQUENCE, R1), scores, context, "slot").dtype == torch.float32
 
 
 def test_a_router_without_a_forward_says_what_to_write():
-    with pytest.raises(TypeError, match=r"Router must implement forward\(h, scores, context, slot\)"):
-        Router()(torch.ones(1), None, RoutingContext(), "slot")
+    with pytest.raises(TypeError, match=r"Router must implement forward\(x, h, scores, context, slot\)"):
+        Router()(torch.ones(1), torch.ones(1), None, RoutingContext(), "slot")
+
+
+@pytest.mark.parametrize("router", [Router, router_of])
+def test_a_router_that_reads_its_input_has_no_static_core(router):
+    with pytest.raises(ValueError, match="Router reads its input: such an adapter is no fixed matrix per task"):
+        router().static_core(0)

@@ -1,9 +1,13 @@
-"""Fits a T-REX on one process or two and writes what it found: `python ddp_worker.py <processes> <file> <loss_mean>`.
+"""Fits a method on one process or two (`run_processes`); as a script, the fit that it starts.
 
 The global batch is the same either way; of two processes each takes every second row.
 """
 
+import os
+import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -11,9 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from moe_peft.batch import IGNORE_INDEX, Batch
+from moe_peft.callbacks.task_contrast import TaskContrast
+from moe_peft.methods.more import MoRE
 from moe_peft.methods.trex import TRex
 from tests.tiny import batch_of, build, fit_prior, random_batch, randomise
 
+ROOT = Path(__file__).parents[2]
 STEPS, ROWS = 3, 5  # an odd number: two processes hold unequal shares
 
 
@@ -54,10 +61,18 @@ class Watch(pl.Callback):
         self.losses.append(trainer.callback_metrics["train/loss"].clone())
 
 
-def main(processes: int, result: str, loss_mean: str) -> None:
-    module = build(TRex, r1=2, r2=3, loss_mean=loss_mean, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
+METHODS = {
+    "TRex": (TRex, {"r1": 2, "r2": 3}, []),
+    "MoRE": (MoRE, {"rank": 4, "rank_cost": 0.1}, [TaskContrast()]),
+}
+
+
+def main(processes: int, result: str, method: str, loss_mean: str) -> None:
+    method_class, options, callbacks = METHODS[method]
+    module = build(method_class, loss_mean=loss_mean, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), **options)
     randomise(module)
-    fit_prior(module)
+    if module.prior is not None:
+        fit_prior(module)
     watch = Watch()
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -65,7 +80,7 @@ def main(processes: int, result: str, loss_mean: str) -> None:
         strategy="ddp" if processes > 1 else "auto",
         use_distributed_sampler=False,
         max_epochs=1,
-        callbacks=[watch],
+        callbacks=[*callbacks, watch],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -76,5 +91,15 @@ def main(processes: int, result: str, loss_mean: str) -> None:
         torch.save({"losses": watch.losses, "gradients": watch.gradients, "state": module.adapter_state()}, result)
 
 
+def run_processes(processes: int, folder: Path, method: str, loss_mean: str) -> dict[str, Any]:
+    """Fits three steps in processes of their own; returns every step's loss and gradients, and the final state."""
+    result = folder / f"{method}-{processes}-{loss_mean}.pt"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, __file__, str(processes), str(result), method, loss_mean]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.is_file(), done.stderr[-2000:]
+    return torch.load(result, weights_only=True)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(int(sys.argv[1]), *sys.argv[2:])

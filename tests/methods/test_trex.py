@@ -138,7 +138,7 @@ def test_04_the_output_is_the_sum_over_pairs():
 def token_updates(layer, x):
     """Returns the matrix that each token's update applies: [B * S, O, D]."""
     h = x @ layer.factors.A.mT
-    core = layer.router(h, x @ layer.router.weight.mT, layer.context, layer.slot)
+    core = layer.router(x, h, x @ layer.router.weight.mT, layer.context, layer.slot)
     return (layer.factors.B @ core @ layer.factors.A).flatten(0, 1).detach()
 
 

@@ -3,11 +3,6 @@
 Checkpoints, a missing prior, generation, recomputation, several processes, low precision, and where the prior is from.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -16,6 +11,7 @@ from torch.utils.data import DataLoader
 from moe_peft.callbacks.semantic_prior import SemanticPriorFit, kmeans
 from moe_peft.checkpoint import read_checkpoint
 from moe_peft.methods.trex import TRex
+from tests.methods.ddp_worker import run_processes
 from tests.tiny import (
     T5,
     TASKS,
@@ -31,7 +27,6 @@ from tests.tiny import (
     tiny_backbone,
 )
 
-ROOT = Path(__file__).parents[2]
 R1, R2 = 2, 3
 KINDS = ["causal", "seq2seq", "classifier"]
 
@@ -226,19 +221,10 @@ def test_18_a_low_precision_base_gives_nearly_the_loss_and_gradients_of_fp32(kin
     assert torch.cosine_similarity(low_gradient, gradient, dim=0) > 0.98
 
 
-def run_processes(processes, folder, loss_mean):
-    result = folder / f"{processes}-{loss_mean}.pt"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(Path(__file__).with_name("ddp_worker.py")), str(processes), str(result), loss_mean]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.is_file(), done.stderr[-2000:]
-    return torch.load(result, weights_only=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("loss_mean", ["row", "token"])
 def test_18_two_processes_train_as_one(tmp_path, loss_mean):
-    one, two = (run_processes(processes, tmp_path, loss_mean) for processes in (1, 2))
+    one, two = (run_processes(processes, tmp_path, "TRex", loss_mean) for processes in (1, 2))
     assert len(one["losses"]) == len(two["losses"]) == 3
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=1e-5)
     for step, gradients in enumerate(one["gradients"]):

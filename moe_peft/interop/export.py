@@ -1,0 +1,64 @@
+"""One task's export, or every task's, with the proof of what was written (the logic of `tools/export.py`)."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from moe_peft.interop.folder import new_folder
+from moe_peft.interop.merged import export_merged
+from moe_peft.interop.parity import parity, random_rows, text_rows
+from moe_peft.interop.peft import export_peft
+from moe_peft.methods.base import MultitaskModule
+
+ALL = "all"
+"""The word for every task, unless a task is called so."""
+
+
+def export(
+    module: MultitaskModule,
+    to: Literal["peft", "merged"],
+    task: str,
+    out: Path,
+    uniform_rank: bool = False,
+    texts: list[str] | None = None,
+) -> list[str]:
+    """Writes the export, reads it back and compares.
+
+    Args:
+        module: a trained module, not merged.
+        to: "peft" (an ordinary LoRA) or "merged" (a plain model folder).
+        task: a task's name, or "all" for a sub-folder per task.
+        out: the folder to write; no such path yet, or an empty folder.
+        uniform_rank: see `export_peft`.
+        texts: what to compare on; None takes random token ids.
+
+    Returns:
+        A line per task: what was written, and the largest difference of its outputs from the module's.
+
+    Raises:
+        ValueError: an argument that does not fit, before anything is written.
+    """
+    if uniform_rank and to != "peft":
+        raise ValueError(f"uniform_rank: a {to} export has no ranks; use it with peft")
+    names = [spec.name for spec in module.specs]
+    rows = text_rows(module, texts) if texts else random_rows(module)
+    folders = {task: out}
+    if task == ALL and task not in names:
+        folders = {name: out / re.sub(r"[^\w.-]", "_", name) for name in names}
+    with new_folder(out) as new:
+        for name, folder in folders.items():
+            target = new / folder.relative_to(out)
+            if to == "peft":
+                export_peft(module, target, name, uniform_rank)
+            else:
+                export_merged(module, target, name)
+    dtype = str(module.backbone.dtype).removeprefix("torch.")
+    kind = f"{dtype}, {len(rows)} rows of {'text' if texts else 'random token ids'}"
+    lines = []
+    for name, folder in folders.items():
+        found = parity(module, folder, name, rows)
+        lines.append(
+            f"{folder}: task {name!r}, largest difference {found.difference:.1e} of outputs up to {found.largest:.1f} "
+            f"({kind}, read back with {found.reader})"
+        )
+    return lines

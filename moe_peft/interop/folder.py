@@ -1,0 +1,31 @@
+"""Folders that appear whole or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Yields an empty folder to write into, and gives it its name when the block has gone well.
+
+    Args:
+        folder: the name it will have; no such path yet, or an empty folder.
+
+    Raises:
+        ValueError: the path is taken.
+    """
+    final = Path(folder).absolute()
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise ValueError(f"out: '{folder}' exists and is not an empty folder; name another one")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(final)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise

@@ -1,0 +1,114 @@
+"""How far an export's outputs lie from the module's own: what was written is read back and asked the same rows."""
+
+import importlib.util
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from moe_peft.batch import Batch
+from moe_peft.methods.base import MultitaskModule
+from moe_peft.methods.merging import task_number
+
+
+class Parity(NamedTuple):
+    """What a comparison found."""
+
+    difference: float
+    """Largest absolute difference of two outputs (logits; hidden states where the model is bare)."""
+    largest: float
+    """Largest absolute output, for scale."""
+    reader: str
+    """What read the export back."""
+
+
+def random_rows(module: MultitaskModule, rows: int = 4, length: int = 16) -> list[Tensor]:
+    """Returns rows of random token ids [1, length], always the same."""
+    generator = torch.Generator().manual_seed(0)
+    size = module.built().get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return list(torch.randint(size, (rows, 1, length), generator=generator))
+
+
+def text_rows(module: MultitaskModule, texts: list[str]) -> list[Tensor]:
+    """Returns each text's token ids [1, S].
+
+    Raises:
+        ValueError: a text without any token.
+    """
+    rows = [module.backbone.tokenizer()(text)["input_ids"] for text in texts]
+    if not all(rows):
+        raise ValueError("text: an empty text has nothing to compare; give some words")
+    return [torch.tensor([row]) for row in rows]
+
+
+@torch.no_grad()
+def parity(module: MultitaskModule, folder: str | Path, task: str | int, rows: list[Tensor]) -> Parity:
+    """Compares an exported folder with the module that it came from.
+
+    Args:
+        module: the module, not merged.
+        folder: what `export_peft` or `export_merged` wrote.
+        task: the exported task.
+        rows: token ids [1, S], a row each, so that no padding enters.
+    """
+    model, reader = read_back(module, Path(folder))
+    number = task_number(module, task)
+    difference = largest = 0.0
+    for ids in rows:
+        mask = torch.ones_like(ids)
+        module.begin(Batch(input_ids=ids, attention_mask=mask, task_id=torch.tensor([number])))  # type: ignore[typeddict-item]
+        own = _output(module, module.built(), ids, mask)
+        difference = max(difference, (_output(module, model, ids, mask) - own).abs().max().item())
+        largest = max(largest, own.abs().max().item())
+    return Parity(difference, largest, reader)
+
+
+def _output(module: MultitaskModule, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    inputs = {"decoder_input_ids": ids} if module.backbone.kind == "seq2seq" else {}
+    found = model(input_ids=ids, attention_mask=mask, **inputs)
+    return (found.logits if hasattr(found, "logits") else found.last_hidden_state).float()
+
+
+def read_back(module: MultitaskModule, folder: Path) -> tuple[nn.Module, str]:
+    """Loads an exported folder anew and says with what: transformers, peft where it is installed, or `apply_lora`."""
+    backbone = module.backbone
+    if not (folder / "adapter_config.json").is_file():
+        import transformers
+
+        auto = getattr(transformers, backbone.auto_class)
+        model = auto.from_pretrained(folder, dtype=backbone.dtype, attn_implementation=backbone.attention)
+        return model.eval(), "transformers"
+    if importlib.util.find_spec("peft") is not None:
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft and transformers warn of each other's deprecated names
+            return PeftModel.from_pretrained(backbone.load(), str(folder)).eval(), "peft"  # type: ignore[arg-type]
+    return apply_lora(backbone.load(), folder), "moe_peft (peft is not installed)"
+
+
+@torch.no_grad()
+def apply_lora(model: nn.Module, folder: Path) -> nn.Module:
+    """Adds an exported LoRA to a plain model's weights, in place, by the rules of PEFT's files."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+
+    def setting(pattern: str, default: str, slot: str) -> float:
+        found = [own for key, own in config[pattern].items() if re.match(rf"(.*\.)?({key})$", slot)]
+        return found[0] if found else config[default]
+
+    for name, a in tensors.items():
+        if not name.endswith(".lora_A.weight"):
+            continue
+        slot = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        scale = setting("alpha_pattern", "lora_alpha", slot) / setting("rank_pattern", "r", slot)
+        weight = model.get_submodule(slot).weight
+        assert isinstance(weight, Tensor)
+        update = scale * tensors[f"base_model.model.{slot}.lora_B.weight"] @ a
+        weight.copy_(weight.float() + update.to(weight.device))
+    return model

@@ -1,0 +1,149 @@
+"""A task's adapters as an ordinary LoRA in Hugging Face PEFT's files, without importing PEFT.
+
+PEFT computes y = W0 x + (alpha / rank) B A x per linear. A fixed core C is folded into these four: the components it
+keeps, its scalar into alpha, and what is no scalar into B (or A). Shapes: k components kept, D in, O out.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from moe_peft.interop.folder import new_folder
+from moe_peft.interop.heads import write_head
+from moe_peft.layers.adapted import AdaptedLinear
+from moe_peft.methods.base import MultitaskModule
+from moe_peft.methods.merging import static_cores, task_number
+
+TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classifier": "FEATURE_EXTRACTION"}
+"""PEFT's names for what a backbone is; a classifier's backbone is bare, its head lies beside it."""
+
+
+class LowRank(NamedTuple):
+    """One linear's update, scale * B A, without a core."""
+
+    a: Tensor
+    """[k, D]."""
+    b: Tensor
+    """[O, k]."""
+    scale: float
+
+    def padded(self, rank: int) -> "LowRank":
+        """Returns the same update at another rank and scale 1: zero rows and columns added, the scale inside B."""
+        more = rank - len(self.a)
+        a = nn.functional.pad(self.a, (0, 0, 0, more))
+        return LowRank(a, nn.functional.pad(self.scale * self.b, (0, more)), 1.0)
+
+
+@torch.no_grad()
+def low_rank(layer: AdaptedLinear, core: Tensor | None) -> LowRank:
+    """Folds a fixed core into an adapted linear's factors.
+
+    Args:
+        layer: the linear.
+        core: None (identity), [R] (diagonal; components of weight zero are dropped) or [Q, R] (goes into A).
+    """
+    a, b = layer.factors()
+    if core is None:
+        return LowRank(a, b, layer.scale)
+    if core.dim() == 2:
+        return LowRank(core @ a, b, layer.scale)
+    kept = core.nonzero().flatten()
+    weights, a, b = core[kept], a[kept], b[:, kept]
+    if (weights == weights[0]).all():
+        return LowRank(a, b, layer.scale * weights[0].item())
+    return LowRank(a, b * weights, layer.scale)
+
+
+def export_peft(module: MultitaskModule, folder: str | Path, task: str | int, uniform_rank: bool = False) -> None:
+    """Writes a folder that `peft.PeftModel.from_pretrained` loads onto the plain backbone.
+
+    `adapter_model.safetensors` and `adapter_config.json` as PEFT writes them, `rank_table.json` beside them, and for
+    classifiers the task's head (`head.safetensors`, `head.json`).
+
+    Args:
+        module: a method whose cores do not depend on the input.
+        folder: where to; no such path yet, or an empty folder.
+        task: by name or id.
+        uniform_rank: give every linear the largest rank, padded with zeros, and scale 1, for serving engines that
+            ignore ranks and alphas per module.
+
+    Raises:
+        ValueError: no such task, cores that depend on the input, or a folder that holds something.
+    """
+    cores, number = static_cores(module, task), task_number(module, task)
+    updates = {slot: low_rank(layer, cores[slot]) for slot, layer in module.adapted.items()}
+    ranks = {slot: len(update.a) for slot, update in updates.items()}
+    if uniform_rank:
+        rank = max(layer.factors.rank_out for layer in module.adapted.values())
+        updates = {slot: update.padded(rank) for slot, update in updates.items()}
+    with new_folder(folder) as new:
+        tensors = {}
+        for slot, update in updates.items():
+            tensors[f"base_model.model.{slot}.lora_A.weight"] = update.a
+            tensors[f"base_model.model.{slot}.lora_B.weight"] = update.b
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
+        _write_json(new / "adapter_config.json", adapter_config(module, updates))
+        _write_json(new / "rank_table.json", _rank_table(module, number, ranks))
+        write_head(module, number, new)
+
+
+def adapter_config(module: MultitaskModule, updates: dict[str, LowRank]) -> dict[str, Any]:
+    """Returns PEFT's configuration: the largest rank with its alpha, and a pattern for every linear that differs.
+
+    PEFT reads a pattern as a regular expression that the end of a name must match, from a dot on: a plain name would
+    match longer names too, and its dots any character. Anchored and escaped it matches its own linear only.
+    """
+    ranks = {slot: len(update.a) for slot, update in updates.items()}
+    alphas = {slot: _plain(update.scale * ranks[slot]) for slot, update in updates.items()}
+    first = max(ranks, key=lambda slot: ranks[slot])
+    rank, alpha = ranks[first], alphas[first]
+    return {
+        "peft_type": "LORA",
+        "task_type": TASK_TYPES[module.backbone.kind],
+        "base_model_name_or_path": getattr(module.built().config, "_name_or_path", "") or module.backbone.name,
+        "revision": module.backbone.revision,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{re.escape(slot)}": own for slot, own in ranks.items() if own != rank},
+        "alpha_pattern": {f"^{re.escape(slot)}": own for slot, own in alphas.items() if own != alpha},
+        "target_modules": _targets(module),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _targets(module: MultitaskModule) -> list[str] | str:
+    """Returns the linears' names, or one expression of them where a name in a list would also match a longer name."""
+    slots = list(module.adapted)
+    others = [name for name, _ in module.built().named_modules() if name not in module.adapted]
+    if any(other.endswith(f".{slot}") for slot in slots for other in others):
+        return "|".join(map(re.escape, slots))
+    return slots
+
+
+def _rank_table(module: MultitaskModule, task: int, ranks: dict[str, int]) -> dict[str, Any]:
+    """Returns the exported ranks by linear, and every task's where the method has a table of them."""
+    table: dict[str, Any] = {"task": module.specs[task].name, "ranks": ranks}
+    find_all = getattr(module, "rank_table", None)
+    if find_all is not None:
+        table |= {"tasks": [spec.name for spec in module.specs], "table": find_all()}
+    return table
+
+
+def _plain(number: float) -> int | float:
+    """Returns a whole number as an int, which is what PEFT declares an alpha to be."""
+    return int(number) if number == int(number) else number
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,177 @@
+"""MoRE's rank selector: every task picks, in every adapted linear, how many ranks of one LoRA it uses.
+
+    p_t = softmax(W e_t + b)          over the N nested experts, expert k = the first ρ_k ranks
+    p̃_t = onehot(argmax p_t) + straight-through gradient
+    core = p̃_t M,  M[k, j] = c_k · 1[j ≤ ρ_k] · s_j        diagonal, [R]
+
+No token enters: the core depends on the task alone (arXiv 2505.22694, Eq. 3 and 4; the straight-through branch of the
+official code, which is never reached there). Shapes: B batch, T tasks, N experts, R ranks, D in, d embedding width.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_peft.context import Routing, RoutingContext
+from moe_peft.layers.routers import Router
+
+Selector = Literal["full", "winner", "fixed", "random"]
+Scaling = Literal["rank_over_r", "paper", "none", "code"]
+
+
+class TaskEmbedding(nn.Module):
+    """One trainable vector per task; starts at N(0, 0.01²) as in the official code.
+
+    Args:
+        tasks: T.
+        width: d.
+        device: where to create it.
+    """
+
+    def __init__(self, tasks: int, width: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(tasks, width, device=device, dtype=torch.float32))
+        nn.init.normal_(self.weight, std=0.01)
+
+    def forward(self) -> Tensor:
+        """Returns the table [T, d]."""
+        return self.weight
+
+
+def nested_experts(ranks: Sequence[int], rank: int, tasks: int, scaling: Scaling) -> Tensor:
+    """Returns M [N, R]: what expert k gives component j, its scaling included.
+
+    Args:
+        ranks: ρ_k, the experts' ranks, increasing.
+        rank: R.
+        tasks: T.
+        scaling: "rank_over_r" c_k = ρ_k / R; "paper" c_k = ρ_k / T; "none" 1; "code" (j / R)² per component, which is
+            the net effect of the official code's last commit.
+    """
+    size, component = torch.tensor(ranks, dtype=torch.float32), torch.arange(1, rank + 1, dtype=torch.float32)
+    within = (component <= size.unsqueeze(1)).float()
+    if scaling == "code":
+        return within * (component / rank) ** 2
+    scale = {"rank_over_r": size / rank, "paper": size / tasks, "none": torch.ones_like(size)}[scaling]
+    return within * scale.unsqueeze(1)
+
+
+class RankSelector(Router):
+    """Chooses one of N nested experts per task.
+
+    Args:
+        width: d, width of the task embeddings.
+        experts: M [N, R] of `nested_experts`.
+        ranks: ρ_k of the experts.
+        tasks: T.
+        selector: "full" gives every expert its exact gradient c_k⟨G, E_k⟩; "winner" only the chosen one (the official
+            code's intended branch); "random" keeps what the untrained gate picks (what the official code really does);
+            "fixed" keeps what `start` says. The last two have no gate.
+        start: [T] expert of every task, for "fixed".
+        table: an embedding that all linears share (its owner registers it); None makes an own one.
+        device: where to create the parameters.
+    """
+
+    experts: Tensor
+    """[N, R] fp32, saved: what the scaling made of the task list of the first training."""
+    start: Tensor
+    """[T] int64, saved: every task's expert before training."""
+
+    def __init__(
+        self,
+        width: int,
+        experts: Tensor,
+        ranks: Sequence[int],
+        tasks: int,
+        selector: Selector = "full",
+        start: Tensor | None = None,
+        table: TaskEmbedding | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.selector, self.expert_ranks = selector, tuple(ranks)
+        self.embedding = TaskEmbedding(tasks, width, device) if table is None else None
+        self._shared = [table]  # in a list: a module listed by every selector would be saved by every selector
+        weight, bias = torch.empty(len(ranks), width, device=device), torch.empty(len(ranks), device=device)
+        nn.init.kaiming_uniform_(weight, nonlinearity="relu")
+        nn.init.uniform_(bias, -1 / math.sqrt(width), 1 / math.sqrt(width))
+        trained = selector in ("full", "winner")
+        self.weight = nn.Parameter(weight, requires_grad=trained) if trained else None
+        self.bias = nn.Parameter(bias, requires_grad=trained) if trained else None
+        self.register_buffer("experts", experts.to(weight.device))
+        if start is None:
+            start = (self.task_embeddings().detach() @ weight.mT + bias).argmax(-1)
+        self.register_buffer("start", start.to(weight.device))
+
+    def task_embeddings(self) -> Tensor:
+        """Returns the table of this linear [T, d]."""
+        table = self.embedding or self._shared[0]
+        assert table is not None
+        return table()
+
+    def probabilities(self) -> Tensor:
+        """Returns p [T, N] in fp32; one-hot where nothing is learned."""
+        if self.weight is None:
+            return functional.one_hot(self.start, len(self.expert_ranks)).to(self.experts.dtype)
+        return torch.softmax(functional.linear(self.task_embeddings(), self.weight, self.bias), -1)
+
+    def ranks(self) -> Tensor:
+        """Returns every task's rank [T] int64: a function of what a checkpoint holds, nothing else."""
+        return self._to_ranks(self.probabilities().argmax(-1))
+
+    def start_ranks(self) -> Tensor:
+        """Returns every task's rank [T] before training."""
+        return self._to_ranks(self.start)
+
+    def _to_ranks(self, chosen: Tensor) -> Tensor:
+        return (self.experts != 0).sum(1)[chosen]
+
+    @torch.no_grad()
+    def fix(self, chosen: Tensor) -> None:
+        """From here on every task keeps the given expert [T], whatever the gate says; for a checkpoint under study."""
+        self.weight = self.bias = None
+        self.start.copy_(chosen)
+
+    def selection(self, p: Tensor) -> Tensor:
+        """Returns p̃ [T, N]: exactly one-hot in value, the selector's rule in gradient."""
+        chosen = functional.one_hot(p.argmax(-1), p.shape[-1]).to(p.dtype)
+        if self.weight is None:
+            # No gradient reaches the embeddings here, but every parameter takes part in every step.
+            return chosen + 0.0 * self.task_embeddings().sum()
+        change = p - p.detach()
+        return chosen + change if self.selector == "full" else chosen * (1 + change)
+
+    def static_core(self, task: int) -> Tensor:
+        """Returns the task's core [R]."""
+        return self.experts[self.probabilities()[task].argmax()]
+
+    def forward(self, x: Tensor, h: Tensor, scores: Tensor | None, context: RoutingContext, slot: str) -> Tensor:
+        """Returns the diagonal core [B, 1, R]."""
+        core = context.hold(slot, lambda: self._cores(context, slot))
+        task_id = context.get("task_id", h.shape[0])
+        if task_id is None:
+            raise ValueError("MoRE routes by task: the batch has no task_id; give every row the index of its task")
+        if self.training and context.contrast is not None:
+            context.add_term("contrast", slot, context.contrast(slot, x, self.task_embeddings()))
+        core = core[task_id].reshape(h.shape[0], *(1,) * (h.dim() - 2), h.shape[-1])
+        context.record(slot, Routing(core))
+        return core
+
+    def _cores(self, context: RoutingContext, slot: str) -> Tensor:
+        """Returns every task's core [T, R], and leaves the mean expected rank for the rank-cost penalty.
+
+        In evaluation one core more: that of the mean embedding, for the task id -1 of an unknown task.
+        """
+        with torch.autocast(self.experts.device.type, enabled=False):  # else it picks other ranks than the table says
+            p = self.probabilities()
+            if self.training:
+                context.add_term("rank_cost", slot, (p * (self.experts != 0).sum(1)).sum(1).mean())
+            cores = self.selection(p) @ self.experts
+            if self.training or self.weight is None:
+                return cores
+            scores = functional.linear(self.task_embeddings().mean(0, keepdim=True), self.weight, self.bias)
+            return torch.cat([cores, self.experts[scores.argmax(-1)]])

@@ -1,0 +1,216 @@
+"""MoRE (arXiv 2505.22694): a mixture of nested low-rank experts, one LoRA of which every task uses as much as it needs.
+
+    y = W0 x + (α / r) B diag(m_t) A x,   m_t[j] = Σ_{k: ρ_k ≥ j} c_k p̃_t[k]
+
+Expert k is the first ρ_k ranks of one LoRA; every adapted linear picks one expert per task from a trained task
+embedding (`layers.rank_selector`). The ranks depend on the task alone, so a task's update can be merged, or exported as
+an ordinary LoRA. Differences from the official code, which never trains its gate: see the README.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from moe_peft.batch import Batch
+from moe_peft.layers.adapted import AdaptedLinear
+from moe_peft.layers.factors import DenseFactors
+from moe_peft.layers.rank_selector import RankSelector, Scaling, Selector, TaskEmbedding, nested_experts
+from moe_peft.methods.base import MultitaskModule
+from moe_peft.methods.unknown_tasks import UnknownTask, UnknownTasks
+
+
+class MoRE(MultitaskModule):
+    """One LoRA whose rank every task chooses, linear by linear.
+
+    Args:
+        rank: r, the largest rank.
+        experts: which ranks there are to choose from: N gives N ranks in even steps up to r, a list names them (the
+            last one must be r), None every rank from 1 to r.
+        alpha: α; the update is scaled by α / r whatever rank is chosen.
+        dropout: on the adapter's input.
+        selector: "full" (every expert gets its exact gradient), "winner" (only the chosen one: the official code as
+            intended), "random" (the untrained gate's choice: the official code as released) or "fixed".
+        fixed_rank: for the selector "fixed": one rank for all tasks, or one per task; None is r.
+        scaling: of expert k by "rank_over_r" ρ_k / r, "paper" ρ_k / T (the same where T = r), "none", or "code"
+            ((j / r)² on component j).
+        embedding_dim: None gives every linear task embeddings of its own input width (paper); a number makes one table
+            of that width which all linears share.
+        rank_cost: weight of the mean expected rank over tasks and linears, as a loss term; nothing else in the loss
+            prefers a small rank.
+        unknown_task: a checkpoint of other tasks than the run's, at test, validate and predict: "error"; or its task
+            rows are matched by name, and a task that it does not know gets the "mean" of all task embeddings, or each
+            of its rows goes to the "nearest" known task (see `nearest_task`).
+        common: the arguments of `MultitaskModule`.
+    """
+
+    default_rates: ClassVar[Mapping[str, float]] = {"routers": 1e-2}
+    """At the adapters' rate the ranks stay where they start."""
+
+    def __init__(
+        self,
+        rank: int = 8,
+        experts: int | list[int] | None = None,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        selector: Selector = "full",
+        fixed_rank: int | list[int] | None = None,
+        scaling: Scaling = "rank_over_r",
+        embedding_dim: int | None = None,
+        rank_cost: float = 0.0,
+        unknown_task: UnknownTask = "error",
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.expert_ranks = expert_ranks(rank, experts)
+        self.selector: Selector = selector
+        self.scaling: Scaling = scaling
+        if fixed_rank is not None and selector != "fixed":
+            raise ValueError(f"fixed_rank: {fixed_rank} is given but selector is {selector!r}; set selector: fixed")
+        self.start = fixed_start(self.expert_ranks, fixed_rank, len(self.specs)) if selector == "fixed" else None
+        if embedding_dim is not None and embedding_dim < 1:
+            raise ValueError(f"embedding_dim: {embedding_dim} is below 1; give a width, or null for one per linear")
+        if rank_cost < 0:
+            raise ValueError(f"rank_cost: {rank_cost} is negative, which would reward large ranks; give 0 or more")
+        if unknown_task == "mean" and selector in ("fixed", "random"):
+            raise ValueError(f"unknown_task: selector {selector!r} has no gate to read a mean embedding; use nearest")
+        self.rank_cost, self.embedding_dim = rank_cost, embedding_dim
+        self.unknown = UnknownTasks(unknown_task, self.specs)
+        self.task_embedding: TaskEmbedding | None = None
+
+    def configure_model(self) -> None:
+        """Makes the shared task embeddings, where there are any, then builds as every method."""
+        if self.model is None and self.embedding_dim is not None:
+            self.task_embedding = TaskEmbedding(len(self.specs), self.embedding_dim)
+        super().configure_model()
+
+    def adapt(self, base: nn.Linear, slot: str) -> AdaptedLinear:
+        """Dense factors of rank r, and this linear's rank selector."""
+        device, tasks = base.weight.device, len(self.specs)
+        selector = RankSelector(
+            self.embedding_dim or base.in_features,
+            nested_experts(self.expert_ranks, self.rank, tasks, self.scaling),
+            self.expert_ranks,
+            tasks,
+            self.selector,
+            self.start,
+            self.task_embedding,
+            device,
+        )
+        factors = DenseFactors(base.in_features, base.out_features, self.rank, self.rank, device)
+        return AdaptedLinear(base, factors, selector, self.alpha / self.rank, self.dropout, self.context, slot)
+
+    def routed_tasks(self, batch: Batch) -> Tensor:
+        """Returns the rows of the task tables [B] that route a batch: the own task's, or for an unknown one another.
+
+        Raises:
+            ValueError: a task id that there is not. -1 is an unknown task, in evaluation and where `unknown_task` says
+                what to do.
+        """
+        own = batch["task_id"]
+        if not self.context.enabled:
+            return own
+        low, high = own.min().item(), own.max().item()
+        lowest = 0 if self.training or self.unknown.how == "error" or self.heads is not None else -1
+        if low < lowest or high >= len(self.specs):
+            wrong = low if low < lowest else high
+            raise ValueError(f"task_id: {wrong} is no task; the {len(self.specs)} tasks are 0..{len(self.specs) - 1}")
+        return self.unknown.routed(self, batch)
+
+    def task_of_row(self, row: int) -> str:
+        """Names the task of a row of the task tables."""
+        return self.unknown.row_names[row]
+
+    def routing_notes(self) -> dict[str, str]:
+        """Returns how the tested rows of unknown tasks were routed."""
+        return self.unknown.notes(self.specs, self.predictions["model"])
+
+    def mergeable_task(self, task: str | int) -> int:
+        """Refuses a task whose rows go each to its nearest known task."""
+        number = super().mergeable_task(task)
+        if self.unknown.how == "nearest" and number in self.unknown.tasks:
+            raise ValueError(f"task: {task!r} is unknown to the checkpoint and routed row by row; merge a known task")
+        return number
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of other tasks in a fit; elsewhere `unknown_task` decides."""
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if fitting or self.unknown.how == "error" or "moe_peft" not in checkpoint:
+            super().on_load_checkpoint(checkpoint)
+        self.representation = checkpoint["moe_peft"].get("representation")
+        if not fitting and self.unknown.how != "error":
+            self.unknown.load(self, checkpoint)
+
+    def method_loss_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """The rank-cost penalty."""
+        if self.rank_cost == 0:
+            return {}
+        return {"rank_cost": self.rank_cost * torch.stack(self.context.terms("rank_cost")).mean()}
+
+    def selectors(self) -> dict[str, RankSelector]:
+        """Returns the rank selectors by linear."""
+        found = {slot: layer.router for slot, layer in self.adapted.items()}
+        return {slot: router for slot, router in found.items() if isinstance(router, RankSelector)}
+
+    @torch.no_grad()
+    def rank_table(self, start: bool = False) -> dict[str, list[int]]:
+        """Returns the rank of every task by linear; with `start`, as it was before training."""
+        tables = {
+            slot: selector.start_ranks() if start else selector.ranks() for slot, selector in self.selectors().items()
+        }
+        return {slot: table.tolist()[: len(self.specs)] for slot, table in tables.items()}
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, float]:
+        """Mean rank per task, share of ranks that left their start, selector entropy (nats), distinct ranks."""
+        now, start = (torch.tensor(list(self.rank_table(of).values())) for of in (False, True))
+        p = torch.stack([selector.probabilities().cpu() for selector in self.selectors().values()])
+        entropy = -(p * p.clamp(min=1e-30).log()).sum(-1).mean().item()
+        values = {
+            f"rank/{spec.name}": mean for spec, mean in zip(self.specs, now.double().mean(0).tolist(), strict=True)
+        }
+        return values | {
+            "ranks/mean": now.double().mean().item(),
+            "ranks/changed": (now != start).double().mean().item(),
+            "ranks/distinct": sum(len(set(row)) for row in now.tolist()) / len(now),
+            "ranks/entropy": entropy,
+        }
+
+
+def expert_ranks(rank: int, experts: int | list[int] | None) -> list[int]:
+    """Returns ρ_1 < … < ρ_N = r.
+
+    Raises:
+        ValueError: more experts than ranks, or a list that is not increasing or does not end in r.
+    """
+    if rank < 1:
+        raise ValueError(f"rank: {rank} is below 1")
+    if experts is None:
+        return list(range(1, rank + 1))
+    if isinstance(experts, int):
+        if not 1 <= experts <= rank:
+            raise ValueError(
+                f"experts: {experts} nested experts do not fit rank {rank}; use 1 to {rank}, or raise rank"
+            )
+        return [-(-(k + 1) * rank // experts) for k in range(experts)]
+    if sorted(set(experts)) != experts or not experts or experts[0] < 1 or experts[-1] != rank:
+        raise ValueError(f"experts: {experts} must increase from 1 or more to rank, {rank}; correct the list")
+    return experts
+
+
+def fixed_start(ranks: list[int], fixed: int | list[int] | None, tasks: int) -> Tensor:
+    """Returns the expert of every task [T] for given ranks.
+
+    Raises:
+        ValueError: a rank that no expert has, or not one per task.
+    """
+    given = [ranks[-1] if fixed is None else fixed] * tasks if not isinstance(fixed, list) else fixed
+    if len(given) != tasks:
+        raise ValueError(f"fixed_rank: {fixed} names {len(given)} ranks for {tasks} tasks; give one, or one per task")
+    for rank in given:
+        if rank not in ranks:
+            raise ValueError(f"fixed_rank: {rank} is no expert's rank; use one of {', '.join(map(str, ranks))}")
+    return torch.tensor([ranks.index(rank) for rank in given])

@@ -1,0 +1,410 @@
+"""The rank selector on one linear, in fp64: nested experts, the straight-through factor, gradients by hand, the toy.
+
+Shapes: B rows, S sequence, D in, O out; R = 4 ranks, N = 4 experts, T = 3 tasks.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from moe_peft.context import RoutingContext
+from moe_peft.layers.adapted import AdaptedLinear
+from moe_peft.layers.factors import DenseFactors
+from moe_peft.layers.rank_selector import RankSelector, TaskEmbedding, nested_experts
+
+D, OUT, R, T, SCALE = 7, 6, 4, 3, 1.7
+SCALINGS = ["rank_over_r", "paper", "none", "code"]
+LEARNED = ["full", "winner"]
+ALL = ["full", "winner", "random", "fixed"]
+# What each scaling multiplies component j of expert k by, for R = 4 and T = 3, written out.
+CONSTANTS = {
+    "rank_over_r": [1 / 4, 2 / 4, 3 / 4, 4 / 4],
+    "paper": [1 / 3, 2 / 3, 3 / 3, 4 / 3],
+    "none": [1.0, 1.0, 1.0, 1.0],
+}
+COMPONENTS = [1 / 16, 4 / 16, 9 / 16, 16 / 16]
+
+
+def begin(context, tasks):
+    ids = torch.arange(1, 1 + 5 * len(tasks)).view(len(tasks), 5)
+    context.put("task_id", torch.tensor(tasks), context.begin(ids, torch.ones_like(ids)))
+
+
+def layer(selector="full", scaling="rank_over_r", ranks=(1, 2, 3, 4), start=(1, 3, 0), tasks=T, seed=0, **options):
+    """An adapted linear in fp64 and training mode with random B, and a gate that prefers different experts."""
+    torch.manual_seed(seed)
+    base, factors = nn.Linear(D, OUT), DenseFactors(D, OUT, R, R)
+    nn.init.normal_(factors.B)
+    given = torch.tensor(start) if selector == "fixed" else None
+    experts = nested_experts(ranks, R, tasks, scaling)
+    router = RankSelector(options.pop("width", 5), experts, ranks, tasks, selector, given, **options)
+    for parameter in router.parameters():
+        nn.init.normal_(parameter)
+    return AdaptedLinear(base, factors, router, SCALE, 0.0, RoutingContext(), "slot").double().train()
+
+
+def inputs(tasks, seed=9):
+    return torch.randn(len(tasks), 5, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def expert_output(adapted, x, k, scaling):
+    """c_k E_k(x) [B, S, O] with the scale, by a loop over the first k components."""
+    a, b, y = adapted.factors.A, adapted.factors.B, 0
+    for j in range(k):
+        factor = COMPONENTS[j] if scaling == "code" else CONSTANTS[scaling][k - 1]
+        y = y + SCALE * factor * (x @ a[j])[..., None] * b[:, j]
+    return y
+
+
+def agree(one, other, tolerance=1e-12):
+    torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+def force(adapted, experts):
+    """Makes the gate choose the given expert of every task, far from a tie."""
+    router = adapted.router
+    for parameter in (router.embedding.weight, router.weight, router.bias):
+        parameter.data.zero_()
+    router.embedding.weight.data[:, :T] = torch.eye(T)
+    for task, expert in enumerate(experts):
+        router.weight.data[expert, task] = 3.0
+
+
+# ---- nested experts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaling", CONSTANTS)
+def test_an_expert_is_a_prefix_times_its_constant(scaling):
+    expected = [[c if j < k else 0.0 for j in range(R)] for k, c in enumerate(CONSTANTS[scaling], start=1)]
+    agree(nested_experts([1, 2, 3, 4], R, T, scaling), torch.tensor(expected), 1e-7)
+
+
+def test_the_codes_scaling_is_per_component_and_the_same_in_every_expert():
+    expected = [[s if j < k else 0.0 for j, s in enumerate(COMPONENTS)] for k in range(1, R + 1)]
+    agree(nested_experts([1, 2, 3, 4], R, T, "code"), torch.tensor(expected), 1e-7)
+
+
+def test_experts_of_chosen_ranks():
+    expected = torch.tensor([[2 / 8] * 2 + [0.0] * 6, [5 / 8] * 5 + [0.0] * 3, [1.0] * 8])
+    agree(nested_experts([2, 5, 8], 8, T, "rank_over_r"), expected, 1e-7)
+
+
+def test_the_papers_scaling_equals_the_default_where_there_are_as_many_tasks_as_ranks():
+    paper, default = (nested_experts(range(1, 9), 8, 8, scaling) for scaling in ("paper", "rank_over_r"))
+    assert torch.equal(paper, default)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("selector", LEARNED)
+@pytest.mark.parametrize("k", range(1, R + 1))
+def test_a_forced_rank_is_plain_lora_of_the_first_k_ranks(selector, scaling, k):
+    adapted, x = layer(selector, scaling), inputs([0, 1])
+    force(adapted, [k - 1] * T)
+    begin(adapted.context, [0, 1])
+    assert adapted.router.ranks().tolist() == [k] * T
+    expected = expert_output(adapted, x, k, scaling)
+    assert expected.abs().max() > 0.01
+    agree(adapted(x), adapted.base(x) + expected, 1e-6)  # the constants are fp32
+    if scaling == "none":
+        agree(adapted(x), adapted.base(x) + SCALE * (x @ adapted.factors.A[:k].mT) @ adapted.factors.B[:, :k].mT)
+
+
+def test_neighbouring_experts_differ_by_one_rank_one_term():
+    adapted, x, outputs = layer("fixed", "none"), inputs([0]), []
+    for k in range(R):
+        adapted.router.start.fill_(k)
+        begin(adapted.context, [0])
+        outputs.append(adapted.delta(x))
+    for k in range(1, R):
+        a, b = adapted.factors.A[k], adapted.factors.B[:, k]
+        assert (x @ a).abs().max() > 0.01
+        agree(outputs[k] - outputs[k - 1], SCALE * (x @ a)[..., None] * b)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("selector", LEARNED)
+def test_no_gradient_at_all_above_the_chosen_rank(selector, scaling):
+    adapted, x = layer(selector, scaling), inputs([0, 1])
+    force(adapted, [1, 2, 3])
+    begin(adapted.context, [0, 1])
+    adapted(x).square().sum().backward()
+    a, b = adapted.factors.A.grad, adapted.factors.B.grad
+    assert not a[3:].any() and not b[:, 3:].any()
+    assert (a[:3].abs().amax(1) > 0).all() and (b[:, :3].abs().amax(0) > 0).all()
+
+
+# ---- straight through ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selector", ALL)
+def test_the_forward_factor_is_exactly_one(selector):
+    for seed in range(20):
+        router = layer(selector, seed=seed).router.float()
+        p = router.probabilities()
+        assert torch.equal(router.selection(p), nn.functional.one_hot(p.argmax(-1), R).float())
+        assert selector in ("random", "fixed") or p.amax(-1).min() < 0.999
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("selector", LEARNED)
+def test_the_gradient_of_p_by_hand(selector, scaling):
+    """dL/dp_k = c_k <G, E_k> summed over the task's rows: for every k, or for the chosen one only."""
+    tasks = [0, 2, 0, 2]
+    adapted, x = layer(selector, scaling), inputs(tasks)
+    begin(adapted.context, tasks)
+    p = torch.tensor([[0.1, 0.2, 0.6, 0.1], [0.4, 0.3, 0.2, 0.1], [0.3, 0.4, 0.2, 0.1]], dtype=torch.float64)
+    p.requires_grad_()
+    adapted.router.probabilities = lambda: p
+    y = adapted(x)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    (found,) = torch.autograd.grad((y * g).sum(), p)
+    chosen = {0: 2, 2: 1}
+    expected = torch.zeros_like(p)
+    for row, task in enumerate(tasks):
+        for k in range(R):
+            if selector == "full" or k == chosen[task]:
+                expected[task, k] += (g[row] * expert_output(adapted, x, k + 1, scaling)[row]).sum().detach()
+    assert expected[[0, 2]].abs().max() > 0.5 and not expected[1].any()
+    agree(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("selector", LEARNED)
+def test_the_gradients_of_gate_and_embedding_by_hand(selector, scaling):
+    """From dL/dp through the softmax's Jacobian, dz = p (dp - <p, dp>), to W, b and the task embeddings."""
+    tasks = [0, 2, 2]
+    adapted, x = layer(selector, scaling), inputs(tasks)
+    router = adapted.router
+    begin(adapted.context, tasks)
+    y = adapted(x)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    (y * g).sum().backward()
+    with torch.no_grad():
+        e, w = router.embedding.weight, router.weight
+        z = e @ w.mT + router.bias
+        p = z.exp() / z.exp().sum(1, keepdim=True)
+        dp = torch.zeros_like(p)
+        for row, task in enumerate(tasks):
+            for k in range(R):
+                if selector == "full" or k == int(p[task].argmax()):
+                    dp[task, k] += (g[row] * expert_output(adapted, x, k + 1, scaling)[row]).sum()
+        dz = p * (dp - (p * dp).sum(1, keepdim=True))
+    agree(router.weight.grad, dz.mT @ e, 1e-5)
+    agree(router.bias.grad, dz.sum(0), 1e-5)
+    agree(router.embedding.weight.grad, dz @ w, 1e-5)
+    assert router.weight.grad.abs().max() > 1e-2
+    reached = router.embedding.weight.grad.abs().amax(1) > 1e-3
+    assert reached.tolist() == [True, False, True] and not router.embedding.weight.grad[1].any()
+
+
+def test_a_zero_b_leaves_the_selector_without_gradient_and_the_output_at_the_base():
+    adapted, x = layer(), inputs([0, 1, 2])
+    adapted.factors.B.data.zero_()
+    begin(adapted.context, [0, 1, 2])
+    y = adapted(x)
+    assert torch.equal(y, adapted.base(x))
+    y.square().sum().backward()
+    assert adapted.factors.B.grad.any()
+    assert not any(parameter.grad.any() for parameter in adapted.router.parameters())
+
+
+# ---- selectors that learn nothing, and the start ---------------------------------------------------------------------
+
+
+def test_random_keeps_the_untrained_gates_choice_whatever_the_embeddings_do():
+    torch.manual_seed(0)
+    adapted = layer("random", tasks=40)
+    router = adapted.router
+    start = router.ranks().tolist()
+    assert len(set(start)) > 1 and {name for name, _ in router.named_parameters()} == {"embedding.weight"}
+    router.embedding.weight.data.normal_(std=5.0)
+    assert router.ranks().tolist() == start == router.start_ranks().tolist()
+
+
+def test_all_selectors_of_a_seed_start_at_the_same_ranks():
+    def start(selector):
+        torch.manual_seed(3)  # wide enough for the embeddings to outweigh the gate's bias in places
+        router = RankSelector(600, nested_experts(range(1, 9), 8, 50, "none"), range(1, 9), 50, selector)
+        assert torch.equal(router.ranks(), router.start_ranks())
+        return router.ranks().tolist()
+
+    assert start("full") == start("winner") == start("random")
+    assert len(set(start("full"))) > 1
+
+
+def test_the_gate_and_the_embeddings_start_as_in_the_official_code():
+    torch.manual_seed(0)
+    router = RankSelector(400, nested_experts(range(1, 9), 8, 300, "none"), range(1, 9), 300)
+    assert router.embedding.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert router.weight.std().item() == pytest.approx((2 / 400) ** 0.5, rel=0.05)  # kaiming-uniform, fan_in, relu
+    assert 0 < router.bias.abs().max() <= 400**-0.5
+
+
+def test_fixed_keeps_what_it_was_given_and_gives_no_gradient():
+    adapted, x = layer("fixed", start=(1, 3, 0)), inputs([0, 1, 2])
+    begin(adapted.context, [0, 1, 2])
+    assert adapted.router.ranks().tolist() == [2, 4, 1]
+    y = adapted(x)
+    for row, k in enumerate([2, 4, 1]):
+        agree(y[row], (adapted.base(x) + expert_output(adapted, x, k, "rank_over_r"))[row], 1e-6)
+    y.square().sum().backward()
+    assert not adapted.router.embedding.weight.grad.any()  # there, but zero: it takes part in every step
+
+
+@pytest.mark.parametrize("selector", ALL)
+def test_fixing_a_learned_table_changes_the_ranks_to_it(selector):
+    adapted, x = layer(selector), inputs([0, 1, 2])
+    adapted.router.fix(torch.tensor([3, 0, 1]))
+    begin(adapted.context, [0, 1, 2])
+    assert adapted.router.ranks().tolist() == [4, 1, 2]
+    agree(adapted(x)[0], (adapted.base(x) + expert_output(adapted, x, 4, "rank_over_r"))[0], 1e-6)
+
+
+# ---- the core in its batch -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("selector", ALL)
+def test_the_static_core_is_the_forwards(selector, scaling):
+    adapted, tasks = layer(selector, scaling), [2, 0, 1]
+    if selector == "random":
+        adapted.router.start.copy_(torch.tensor([1, 3, 0]))
+    begin(adapted.context, tasks)
+    x = inputs(tasks)
+    core = adapted.router(x, x @ adapted.factors.A.mT, None, adapted.context, "slot")
+    assert core.shape == (3, 1, R) and len({tuple(row) for row in core[:, 0].tolist()}) > 1
+    for row, task in enumerate(tasks):
+        assert torch.equal(adapted.router.static_core(task), core[row, 0])
+
+
+def test_rows_without_a_sequence_are_routed_too():
+    adapted, x = layer(), inputs([0, 1, 2])
+    begin(adapted.context, [0, 1, 2])
+    agree(adapted(x[:, 0]), adapted(x)[:, 0])
+
+
+def test_beams_of_a_row_have_its_rank():
+    adapted, x = layer(), inputs([0, 2])
+    begin(adapted.context, [0, 2])
+    agree(adapted(x.repeat_interleave(3, 0)), adapted(x).repeat_interleave(3, 0))
+
+
+def test_without_task_ids_it_raises():
+    adapted, x = layer(), inputs([0])
+    adapted.context.begin(torch.ones(1, 5).long(), torch.ones(1, 5).long())
+    with pytest.raises(ValueError, match="the batch has no task_id; give every row the index of its task"):
+        adapted(x)
+
+
+def test_the_cores_are_made_once_per_batch_where_no_gradient_is_needed(monkeypatch):
+    adapted, x, made = layer().eval(), inputs([0, 1]), []
+    own = RankSelector.probabilities
+    monkeypatch.setattr(RankSelector, "probabilities", lambda router: made.append(router) or own(router))
+    begin(adapted.context, [0, 1])
+    with torch.no_grad():
+        first, second = adapted(x), adapted(x)
+    assert len(made) == 1 and torch.equal(first, second)
+    force(adapted, [3, 3, 3])
+    begin(adapted.context, [0, 1])
+    with torch.no_grad():
+        assert not torch.equal(adapted(x), first)
+    assert len(made) == 2
+    adapted(x), adapted(x)
+    assert len(made) == 4
+
+
+def test_the_ranks_are_those_of_the_saved_experts():
+    """A checkpoint says which ranks its experts have, whatever the module that reads it was configured with."""
+    source, other = layer(ranks=(1, 2, 4)), layer(ranks=(2, 3, 4), seed=1)
+    other.load_state_dict(source.state_dict())
+    assert other.router.ranks().tolist() == source.router.ranks().tolist()
+    for task in range(T):
+        assert (other.router.static_core(task) != 0).sum() == other.router.ranks()[task]
+
+
+def test_autocast_changes_no_rank_and_no_core():
+    """A gate in bfloat16 ties experts that fp32 tells apart: training would use other ranks than the table."""
+    adapted = layer("full", "paper", tasks=200).float()
+    router, tasks, x = adapted.router, list(range(200)), inputs(range(200)).float()
+    router.weight.data.mul_(0.01)
+    router.bias.data.fill_(1.0)
+    begin(adapted.context, tasks)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = router.probabilities().argmax(-1)
+        core = router(x, x @ adapted.factors.A.mT, None, adapted.context, "slot")
+    assert not torch.equal(low, router.probabilities().argmax(-1)), "this gate has no near ties"
+    assert torch.equal(core[:, 0], torch.stack([router.static_core(task) for task in tasks]))
+
+
+def test_a_shared_table_is_saved_by_its_owner_alone_and_gathers_all_gradients():
+    torch.manual_seed(0)
+    table = TaskEmbedding(T, 5)
+    layers = [layer(seed=seed, table=table) for seed in (0, 1)]
+    nn.init.normal_(table.double().weight)
+    x, gradients = inputs([0, 1]), []
+    for some in (layers[:1], layers[1:], layers):
+        table.weight.grad = None
+        for adapted in some:
+            begin(adapted.context, [0, 1])
+            adapted(x).square().sum().backward()
+        gradients.append(table.weight.grad)
+    agree(gradients[0] + gradients[1], gradients[2], 1e-9)
+    assert all(gradient[:2].abs().min() > 0 for gradient in gradients)
+    assert set(layers[0].router.state_dict()) == {"weight", "bias", "experts", "start"}
+    assert all(table.weight is not parameter for parameter in layers[0].parameters())
+
+
+# ---- what a live gate is worth: nested true ranks 1, 1, 2, 2, 4, 4, 8, 8 ---------------------------------------------
+
+TRUE_RANKS = [1, 1, 2, 2, 4, 4, 8, 8]
+WIDTH = 24
+
+
+def toy(selector, seed, steps=300, rows=8):
+    """Learns eight regressions y = B[:, :k] A[:k] x of true rank k; returns the mean relative error and the ranks."""
+    torch.manual_seed(seed)
+    a, b = torch.randn(8, WIDTH) / WIDTH**0.5, torch.randn(WIDTH, 8)
+    truths = torch.stack([b[:, :k] @ a[:k] for k in TRUE_RANKS])
+    base, factors = nn.Linear(WIDTH, WIDTH, bias=False), DenseFactors(WIDTH, WIDTH, 8, 8)
+    nn.init.zeros_(base.weight)
+    router = RankSelector(WIDTH, nested_experts(range(1, 9), 8, 8, "none"), range(1, 9), 8, selector)
+    context = RoutingContext()
+    adapted = AdaptedLinear(base, factors, router, 1.0, 0.0, context, "slot").train()
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        x = torch.randn(8, rows, WIDTH)
+        begin(context, list(range(8)))
+        optimizer.zero_grad(set_to_none=True)
+        (adapted(x) - x @ truths.mT).square().mean().backward()
+        optimizer.step()
+    learned = torch.stack([adapted.merged_weight(router.static_core(task)) for task in range(8)])
+    errors = ((learned - truths).norm(dim=(1, 2)) / truths.norm(dim=(1, 2))).square()
+    return errors.mean().item(), router.ranks().tolist()
+
+
+def spearman(one, other):
+    def places(values):
+        values = torch.tensor(values, dtype=torch.float64)
+        return (values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2
+
+    return torch.corrcoef(torch.stack([places(one), places(other)]))[0, 1].item()
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """Mean error over six seeds, and every seed's ranks, by selector."""
+    runs = {selector: [toy(selector, seed) for seed in range(6)] for selector in ("full", "winner", "random")}
+    return {name: (sum(e for e, _ in found) / len(found), [r for _, r in found]) for name, found in runs.items()}
+
+
+def test_full_gradients_beat_the_winners_and_those_beat_a_random_table(learned):
+    """0.13, 0.45 and 0.62 where this was written."""
+    full, winner, random = (learned[selector][0] for selector in ("full", "winner", "random"))
+    assert full < 0.2
+    assert 2 * full < winner < 0.9 * random
+
+
+def test_full_gradients_order_the_tasks_by_their_true_ranks(learned):
+    """Mean rank correlation 0.90, against 0.33 of the winner's, where this was written."""
+    assert sum(spearman(ranks, TRUE_RANKS) for ranks in learned["full"][1]) / 6 > 0.8
+    assert all(ranks[0] < ranks[-1] for ranks in learned["full"][1])

@@ -1,0 +1,55 @@
+#!/usr/bin/env python
+"""Exports a trained task as an ordinary LoRA (PEFT's files) or merged into a plain model folder, and proves it.
+
+    python tools/export.py runs/X --to peft --task sst2 --out exports/sst2
+    python tools/export.py runs/X --to merged --task all --out exports/X
+
+What was written is read back, and the largest difference of its logits from the trained module's is printed.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def arguments() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its best checkpoint), or a file"
+    )
+    parser.add_argument("--to", choices=["peft", "merged"], required=True, help="what to write")
+    parser.add_argument("--task", required=True, help="the task's name; all: every task, in a sub-folder each")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist, or be empty")
+    parser.add_argument("--uniform-rank", action="store_true", help="peft: one rank for all linears, padded with zeros")
+    parser.add_argument("--backbone", help="where the backbone's files lie, if not where they lay in training")
+    parser.add_argument("--text", action="append", help="a text to compare on (repeatable); default: random token ids")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Exports and prints the parity; a user's mistake ends in one line and status 2."""
+    given = arguments()
+
+    from moe_peft.cli import quiet
+    from moe_peft.interop.export import export
+    from moe_peft.messages import one_line
+    from moe_peft.runs import load_module
+
+    quiet()
+    try:
+        module = load_module(given.checkpoint, given.backbone)
+        for line in export(module, given.to, given.task, given.out, given.uniform_rank, given.text):
+            print(line)
+    except (ValueError, OSError) as error:
+        if os.environ.get("MOE_PEFT_TRACEBACK"):
+            raise
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
