@@ -41,7 +41,7 @@ class RoutingContext:
         self.contrast: Contrast | None = None
         """Compares a layer's input with the task embeddings while training (set by the TaskContrast callback)."""
         self._terms: dict[str, dict[str, Tensor]] = {}
-        self._held: dict[str, Tensor] = {}
+        self._held: dict[tuple[str, int], Tensor] = {}
         self._facts: dict[str, Tensor] = {}
         self._key: Tensor | None = None
         self._width = 0
@@ -115,13 +115,13 @@ class RoutingContext:
         """Returns the parts that this batch's layers left of a loss term."""
         return list(self._terms.get(name, {}).values())
 
-    def hold(self, slot: str, make: Callable[[], Tensor]) -> Tensor:
-        """Returns what `make` gives, made once per batch and layer where no gradient is needed (decoding, testing)."""
+    def hold(self, slot: str, rows: int, make: Callable[[], Tensor]) -> Tensor:
+        """Returns what `make` gives for a layer and so many rows: made once per batch where no gradient is needed."""
         if torch.is_grad_enabled():
             return make()
-        if slot not in self._held:
-            self._held[slot] = make()
-        return self._held[slot]
+        if (slot, rows) not in self._held:
+            self._held[slot, rows] = make()
+        return self._held[slot, rows]
 
     def record(self, slot: str, routing: Routing) -> None:
         """Keeps a layer's first routing of the batch: the prefill's, where generation goes on token by token."""

@@ -163,11 +163,12 @@ def test_what_needs_no_gradient_is_made_once_per_batch_and_slot():
         return made[-1]
 
     with torch.no_grad():
-        assert context.hold("one", make) is context.hold("one", make)
-        assert context.hold("two", make) is made[1]
+        assert context.hold("one", 2, make) is context.hold("one", 2, make)
+        assert context.hold("two", 2, make) is made[1]
+        assert context.hold("two", 4, make) is made[2] and context.hold("two", 2, make) is made[1]
         context.begin(ids, torch.ones_like(ids))
-        assert context.hold("one", make) is made[2]
-    assert context.hold("one", make) is made[3] and context.hold("one", make) is made[4]
+        assert context.hold("one", 2, make) is made[3]
+    assert context.hold("one", 2, make) is made[4] and context.hold("one", 2, make) is made[5]
 
 
 def test_disabled_ends_with_its_block_even_after_an_error():

@@ -151,15 +151,18 @@ class RankSelector(Router):
 
     def forward(self, x: Tensor, h: Tensor, scores: Tensor | None, context: RoutingContext, slot: str) -> Tensor:
         """Returns the diagonal core [B, 1, R]."""
-        core = context.hold(slot, lambda: self._cores(context, slot))
+        core = context.hold(slot, h.shape[0], lambda: self._row_cores(context, slot, h))
+        if self.training and context.contrast is not None:
+            context.add_term("contrast", slot, context.contrast(slot, x, self.task_embeddings()))
+        context.record(slot, Routing(core))
+        return core
+
+    def _row_cores(self, context: RoutingContext, slot: str, h: Tensor) -> Tensor:
+        """Returns every row's core, [B, 1, R]."""
         task_id = context.get("task_id", h.shape[0])
         if task_id is None:
             raise ValueError("MoRE routes by task: the batch has no task_id; give every row the index of its task")
-        if self.training and context.contrast is not None:
-            context.add_term("contrast", slot, context.contrast(slot, x, self.task_embeddings()))
-        core = core[task_id].reshape(h.shape[0], *(1,) * (h.dim() - 2), h.shape[-1])
-        context.record(slot, Routing(core))
-        return core
+        return self._cores(context, slot)[task_id].reshape(h.shape[0], *(1,) * (h.dim() - 2), h.shape[-1])
 
     def _cores(self, context: RoutingContext, slot: str) -> Tensor:
         """Returns every task's core [T, R], and leaves the mean expected rank for the rank-cost penalty.
