@@ -4,6 +4,7 @@ A checkpoint holds the adapters, routers, heads and priors, and under the key "m
 base and tasks it belongs to. It is always read with `weights_only=True`.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,29 @@ if TYPE_CHECKING:
     from moe_peft.methods.base import MultitaskModule
 
 FORMAT = 1
+# Where a model's files lie may differ from machine to machine; the fingerprints decide whether it is the same model.
+LOCATION = tuple(
+    f"init_args.{owner}.init_args.{name}"
+    for owner, names in {
+        "backbone": ("name", "gguf_file", "sha256", "revision", "shape", "gradient_checkpointing", "attention"),
+        "embedder": ("name", "cache_dir"),
+    }.items()
+    for name in names
+)
+# Arguments that play no part in evaluating a checkpoint, or only there.
+TRAINING = tuple(
+    f"init_args.{name}"
+    for name in (
+        "optimizer",
+        "scheduler",
+        "lr",
+        "weight_decay",
+        "loss_mean",
+        "ranking",
+        "max_new_tokens",
+        "unknown_task",
+    )
+)
 
 
 def describe(module: "MultitaskModule") -> dict[str, Any]:
@@ -113,14 +137,22 @@ def check_adapter_state(own: dict[str, Tensor], state: dict[str, Tensor]) -> Non
         )
 
 
-def conflicts(there: Any, here: Any, prefix: str = "") -> list[str]:
+def conflicts(there: Any, here: Any, free: Iterable[str] = (), prefix: str = "") -> list[str]:
     """Lists the dotted names at which two plain configurations differ, with both values.
 
     What only `here` knows is an argument younger than the checkpoint, and no conflict.
+
+    Args:
+        there: the checkpoint's configuration.
+        here: this run's.
+        free: names that may differ, with all that is below them.
+        prefix: the name of what is compared.
     """
+    if prefix in free or there == here:
+        return []
     if isinstance(there, dict) and isinstance(here, dict):
         found = []
         for key in sorted(there, key=str):
-            found += conflicts(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else str(key))
+            found += conflicts(there.get(key), here.get(key), free, f"{prefix}.{key}" if prefix else str(key))
         return found
-    return [] if there == here else [f"{prefix} is {here!r} here and {there!r} in the checkpoint"]
+    return [f"{prefix} is {here!r} here and {there!r} in the checkpoint"]

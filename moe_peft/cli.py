@@ -25,7 +25,7 @@ from moe_peft.callbacks import (
 )
 from moe_peft.callbacks.progress import PlainProgress
 from moe_peft.callbacks.resume import ExactResume
-from moe_peft.checkpoint import conflicts, read_checkpoint
+from moe_peft.checkpoint import LOCATION, TRAINING, conflicts, read_checkpoint
 from moe_peft.data import module as data_module
 from moe_peft.loggers import MetricsCSV
 from moe_peft.messages import one_line
@@ -34,29 +34,6 @@ from moe_peft.methods.base import MultitaskModule
 
 # Imported so that their classes are known to the configuration by bare name.
 NAMED = (ablation, backbones, embedders, rank_report, semantic_prior, task_contrast, transfer, lora, more, trex)
-# Where a model's files lie may differ from machine to machine; the fingerprints decide whether it is the same model.
-LOCATION = tuple(
-    f"init_args.{owner}.init_args.{name}"
-    for owner, names in {
-        "backbone": ("name", "gguf_file", "sha256", "revision", "shape", "gradient_checkpointing", "attention"),
-        "embedder": ("name", "cache_dir"),
-    }.items()
-    for name in names
-)
-# Arguments that play no part in evaluating a checkpoint, or only there.
-TRAINING = tuple(
-    f"init_args.{name}"
-    for name in (
-        "optimizer",
-        "scheduler",
-        "lr",
-        "weight_decay",
-        "loss_mean",
-        "ranking",
-        "max_new_tokens",
-        "unknown_task",
-    )
-)
 # Precisions that cast the whole module, adapters included.
 HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
@@ -133,8 +110,7 @@ class CLI(LightningCLI):
             return
         there, here = read_checkpoint(path)["moe_peft"]["config"], plain_model_config(config)
         free = LOCATION if self.config.subcommand == "fit" else LOCATION + TRAINING
-        beside = tuple(f"{name}{end}" for name in free for end in (".", " is "))
-        found = [] if there is None else [c for c in conflicts(there, here) if not c.startswith(beside)]
+        found = [] if there is None else conflicts(there, here, free)
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             name = found[0].replace("init_args.", "")

@@ -66,7 +66,7 @@ class RoutingContext:
         """
         if self._key is None or key.shape != self._key.shape or not (key is self._key or torch.equal(key, self._key)):
             raise ValueError(f"routing fact {name!r} was computed for another batch: compute it from the batch in hand")
-        self._facts[name] = fact
+        self._facts[name], self._held = fact, {}
 
     def get(self, name: str, rows: int) -> Tensor | None:
         """Returns the fact for `rows` rows, or None if it was never put.
@@ -112,11 +112,14 @@ class RoutingContext:
             self._terms.setdefault(name, {})[slot] = value
 
     def terms(self, name: str) -> list[Tensor]:
-        """Returns the parts that this batch's layers left of a loss term."""
-        return list(self._terms.get(name, {}).values())
+        """Takes the parts that this batch's layers left of a loss term; they must not outlive the step."""
+        return list(self._terms.pop(name, {}).values())
 
     def hold(self, slot: str, rows: int, make: Callable[[], Tensor]) -> Tensor:
-        """Returns what `make` gives for a layer and so many rows: made once per batch where no gradient is needed."""
+        """Returns what `make` gives for a layer and so many rows: made once per batch where no gradient is needed.
+
+        Weights that change are seen from the next batch on.
+        """
         if torch.is_grad_enabled():
             return make()
         if (slot, rows) not in self._held:

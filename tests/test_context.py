@@ -171,6 +171,14 @@ def test_what_needs_no_gradient_is_made_once_per_batch_and_slot():
     assert context.hold("one", 2, make) is made[4] and context.hold("one", 2, make) is made[5]
 
 
+def test_a_new_fact_drops_what_was_held():
+    context, key, _ = begun()
+    with torch.no_grad():
+        before = context.hold("one", 2, lambda: torch.zeros(()))
+        context.put("task_id", torch.tensor([1, 0, 1]), key)
+        assert context.hold("one", 2, lambda: torch.ones(())) is not before
+
+
 def test_disabled_ends_with_its_block_even_after_an_error():
     context = RoutingContext()
     with pytest.raises(KeyError), context.disabled():

@@ -56,6 +56,8 @@ class RoutingAblation(Callback):
 
     def _others(self, count: int) -> torch.Tensor:
         """For each of `count` places another one: along a random cycle, so that every place changes."""
+        if count < 2:
+            raise ValueError(f"RoutingAblation: a {self.what} needs two or more to shuffle, here is {count}")
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
         return torch.empty_like(order).index_copy(0, order, order.roll(1))
 
@@ -73,9 +75,10 @@ class RoutingAblation(Callback):
 
     def _ranks(self, module: MultitaskModule) -> bool:
         selectors = [layer.router for layer in module.adapted.values() if isinstance(layer.router, RankSelector)]
-        others = self._others(len(module.specs))
         for selector in selectors:
             chosen = selector.probabilities().argmax(-1)
-            full = torch.full_like(chosen, len(selector.expert_ranks) - 1)
-            selector.fix(full if self.what == "full_ranks" else chosen[others])
+            if self.what == "full_ranks":
+                selector.fix(torch.full_like(chosen, len(selector.experts) - 1))
+            else:
+                selector.fix(chosen[self._others(len(chosen))])
         return bool(selectors)

@@ -11,8 +11,12 @@ from moe_peft.methods.more import MoRE
 class RankReport(Callback):
     """Writes <run>/routing/rank_history.csv after every validation; ranks.csv and ranks.png at the end of a fit.
 
-    The table is read off the weights alone (`MoRE.rank_table`), so a checkpoint holds all of it.
+    The table is read off the weights alone (`MoRE.rank_table`), so a checkpoint holds all of it. The final table is
+    that of the weights which the fit's own test reports; without such a test, that of the last step.
     """
+
+    def __init__(self) -> None:
+        self._fitted = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses a method without ranks to choose.
@@ -22,6 +26,15 @@ class RankReport(Callback):
         """
         if not isinstance(pl_module, MoRE):
             raise ValueError(f"RankReport: {type(pl_module).__name__} has no ranks to choose; remove the callback")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drops what an interrupted fit wrote after the checkpoint that this one goes on from."""
+        self._fitted = True
+        file = self._folder(trainer) / "rank_history.csv" if self._writes(trainer) else None
+        if file is not None and file.exists():
+            with file.open(newline="", encoding="utf-8") as lines:
+                header, *rows = csv.reader(lines)
+            write_csv(file, header, [tuple(row) for row in rows if int(row[0]) <= trainer.global_step])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Appends the table of this step (step, task, linear, rank)."""
@@ -37,7 +50,15 @@ class RankReport(Callback):
         write_csv(file, [] if file.exists() else ["step", "task", "linear", "rank"], rows, append=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the final table beside the one that training began with, and draws it."""
+        """Writes the table beside the one that training began with, and draws it."""
+        self._write_table(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes it again after the fit's own test, which may have loaded a better checkpoint than the last."""
+        if self._fitted:
+            self._write_table(trainer, pl_module)
+
+    def _write_table(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._writes(trainer):
             return
         assert isinstance(pl_module, MoRE)

@@ -68,6 +68,11 @@ class TaskContrast(Callback):
         slots = [slot for slot, layer in pl_module.adapted.items() if hasattr(layer.router, "task_embeddings")]
         if not slots:
             raise ValueError(f"TaskContrast: {type(pl_module).__name__} has no task embeddings; remove the callback")
+        if self.layers == "encoder" and pl_module.backbone.kind == "causal":
+            raise ValueError(
+                "TaskContrast: layers 'encoder', but a decoder has none (its first token says nothing either); "
+                "use layers: all and representation: mean"
+            )
         if self.layers == "encoder" and all(self._in_decoder(slot) for slot in slots):
             raise ValueError("TaskContrast: no linear of the encoder is adapted; set layers: all, or adapt some")
         pl_module.context.contrast = self.row_losses

@@ -15,7 +15,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from moe_peft.batch import Batch
-from moe_peft.checkpoint import check_adapter_names, conflicts, describe, read_checkpoint, refuse_foreign
+from moe_peft.checkpoint import (
+    LOCATION,
+    TRAINING,
+    check_adapter_names,
+    conflicts,
+    describe,
+    read_checkpoint,
+    refuse_foreign,
+)
 from moe_peft.layers.rank_selector import RankSelector
 from moe_peft.layers.representation import Representation
 from moe_peft.methods.base import MultitaskModule
@@ -25,8 +33,8 @@ from moe_peft.runs import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
-SHAPING = ("rank", "experts", "alpha", "scaling", "embedding_dim", "selector", "fixed_rank")
-"""Model arguments that say what the tensors mean but need not show in their shapes."""
+FREE = (*LOCATION, *TRAINING, "init_args.dropout", "init_args.rank_cost")
+"""Model arguments that may differ from the checkpoint's: its tensors mean the same all the same."""
 PROMPTS_PER_TASK = 100
 
 
@@ -55,7 +63,7 @@ class TransferFrom(Callback):
         Raises:
             ValueError: a method without rank selectors that learn, where only they shall.
         """
-        if stage == "fit" and self.train != "all":
+        if self.train != "all":  # in a test too, which counts what was trained
             assert isinstance(pl_module, MultitaskModule)
             pl_module.configure_model()
             self._freeze(pl_module)
@@ -150,7 +158,6 @@ def refuse_other_meaning(there: dict[str, Any] | None, here: dict[str, Any] | No
     """Raises one line if the checkpoint's tensors meant something else than they would here."""
     if there is None or here is None:
         return
-    before, now = ({name: config["init_args"].get(name) for name in SHAPING} for config in (there, here))
-    found = conflicts(before, now)
+    found = conflicts(there, here, FREE)
     if found:
-        raise ValueError(f"TransferFrom: model.{found[0]}; use the checkpoint's value")
+        raise ValueError(f"TransferFrom: model.{found[0].replace('init_args.', '')}; use the checkpoint's value")

@@ -58,12 +58,14 @@ def parity(module: MultitaskModule, folder: str | Path, task: str | int, rows: l
     """
     model, reader = read_back(module, Path(folder))
     number = task_number(module, task)
+    device = next(module.built().parameters()).device
     difference = largest = 0.0
-    for ids in rows:
-        mask = torch.ones_like(ids)
-        module.begin(Batch(input_ids=ids, attention_mask=mask, task_id=torch.tensor([number])))  # type: ignore[typeddict-item]
+    for row in rows:
+        ids = row.to(device)
+        mask, task_id = torch.ones_like(ids), torch.tensor([number], device=device)
+        module.begin(Batch(input_ids=ids, attention_mask=mask, task_id=task_id))  # type: ignore[typeddict-item]
         own = _output(module, module.built(), ids, mask)
-        difference = max(difference, (_output(module, model, ids, mask) - own).abs().max().item())
+        difference = max(difference, (_output(module, model, row, mask.to(row.device)) - own).abs().max().item())
         largest = max(largest, own.abs().max().item())
     return Parity(difference, largest, reader)
 
@@ -71,7 +73,7 @@ def parity(module: MultitaskModule, folder: str | Path, task: str | int, rows: l
 def _output(module: MultitaskModule, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     inputs = {"decoder_input_ids": ids} if module.backbone.kind == "seq2seq" else {}
     found = model(input_ids=ids, attention_mask=mask, **inputs)
-    return (found.logits if hasattr(found, "logits") else found.last_hidden_state).float()
+    return (found.logits if hasattr(found, "logits") else found.last_hidden_state).float().cpu()
 
 
 def read_back(module: MultitaskModule, folder: Path) -> tuple[nn.Module, str]:

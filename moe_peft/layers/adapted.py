@@ -120,7 +120,8 @@ class AdaptedLinear(nn.Module):
             core: None (identity), [R] (diagonal) or [Q, R].
         """
         a, b = self.factors()
-        delta = self.scale * b @ (a if core is None else core.unsqueeze(-1) * a if core.dim() == 1 else core @ a)
+        with torch.autocast(a.device.type, enabled=False):
+            delta = self.scale * b @ (a if core is None else core.unsqueeze(-1) * a if core.dim() == 1 else core @ a)
         weight = self.base.weight if self.original is None else self.original
         return (weight.to(delta.dtype) + delta).to(weight.dtype)
 

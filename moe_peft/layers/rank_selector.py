@@ -66,13 +66,13 @@ class RankSelector(Router):
     Args:
         width: d, width of the task embeddings.
         experts: M [N, R] of `nested_experts`.
-        ranks: ρ_k of the experts.
         tasks: T.
         selector: "full" gives every expert its exact gradient c_k⟨G, E_k⟩; "winner" only the chosen one (the official
             code's intended branch); "random" keeps what the untrained gate picks (what the official code really does);
             "fixed" keeps what `start` says. The last two have no gate.
         start: [T] expert of every task, for "fixed".
         table: an embedding that all linears share (its owner registers it); None makes an own one.
+        costed: leave the mean expected rank as the loss term "rank_cost" while training.
         device: where to create the parameters.
     """
 
@@ -85,18 +85,18 @@ class RankSelector(Router):
         self,
         width: int,
         experts: Tensor,
-        ranks: Sequence[int],
         tasks: int,
         selector: Selector = "full",
         start: Tensor | None = None,
         table: TaskEmbedding | None = None,
+        costed: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.selector, self.expert_ranks = selector, tuple(ranks)
+        self.selector, self.costed = selector, costed
         self.embedding = TaskEmbedding(tasks, width, device) if table is None else None
         self._shared = [table]  # in a list: a module listed by every selector would be saved by every selector
-        weight, bias = torch.empty(len(ranks), width, device=device), torch.empty(len(ranks), device=device)
+        weight, bias = torch.empty(len(experts), width, device=device), torch.empty(len(experts), device=device)
         nn.init.kaiming_uniform_(weight, nonlinearity="relu")
         nn.init.uniform_(bias, -1 / math.sqrt(width), 1 / math.sqrt(width))
         trained = selector in ("full", "winner")
@@ -116,8 +116,12 @@ class RankSelector(Router):
     def probabilities(self) -> Tensor:
         """Returns p [T, N] in fp32; one-hot where nothing is learned."""
         if self.weight is None:
-            return functional.one_hot(self.start, len(self.expert_ranks)).to(self.experts.dtype)
-        return torch.softmax(functional.linear(self.task_embeddings(), self.weight, self.bias), -1)
+            return functional.one_hot(self.start, len(self.experts)).to(self.experts.dtype)
+        return torch.softmax(self._scores(self.task_embeddings(), self.weight), -1)
+
+    def _scores(self, embeddings: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast(embeddings.device.type, enabled=False):  # ranks must not depend on who asks for them
+            return functional.linear(embeddings, weight, self.bias)
 
     def ranks(self) -> Tensor:
         """Returns every task's rank [T] int64: a function of what a checkpoint holds, nothing else."""
@@ -154,7 +158,9 @@ class RankSelector(Router):
         core = context.hold(slot, h.shape[0], lambda: self._row_cores(context, slot, h))
         if self.training and context.contrast is not None:
             context.add_term("contrast", slot, context.contrast(slot, x, self.task_embeddings()))
-        context.record(slot, Routing(core))
+        if context.recording:
+            ranks = (self.experts != 0).sum(1)
+            context.record(slot, Routing(((core != 0).sum(-1, keepdim=True) == ranks).float()))
         return core
 
     def _row_cores(self, context: RoutingContext, slot: str, h: Tensor) -> Tensor:
@@ -165,16 +171,16 @@ class RankSelector(Router):
         return self._cores(context, slot)[task_id].reshape(h.shape[0], *(1,) * (h.dim() - 2), h.shape[-1])
 
     def _cores(self, context: RoutingContext, slot: str) -> Tensor:
-        """Returns every task's core [T, R], and leaves the mean expected rank for the rank-cost penalty.
+        """Returns every task's core [T, R], and leaves the mean expected rank where it costs.
 
         In evaluation one core more: that of the mean embedding, for the task id -1 of an unknown task.
         """
-        with torch.autocast(self.experts.device.type, enabled=False):  # else it picks other ranks than the table says
+        with torch.autocast(self.experts.device.type, enabled=False):
             p = self.probabilities()
-            if self.training:
+            if self.training and self.costed:
                 context.add_term("rank_cost", slot, (p * (self.experts != 0).sum(1)).sum(1).mean())
             cores = self.selection(p) @ self.experts
             if self.training or self.weight is None:
                 return cores
-            scores = functional.linear(self.task_embeddings().mean(0, keepdim=True), self.weight, self.bias)
+            scores = self._scores(self.task_embeddings().mean(0, keepdim=True), self.weight)
             return torch.cat([cores, self.experts[scores.argmax(-1)]])

@@ -17,13 +17,14 @@ def represent(x: Tensor, mask: Tensor, how: Representation) -> Tensor:
     """Returns a vector per row [B, D] in fp32.
 
     Args:
-        x: [B, S, D].
+        x: [B, S, D], or [B * S, D] as some models hand it to their linears.
         mask: [B, S], 1 (or True) at the tokens that count; at least one per row.
         how: the first counted token (the official MoRE code), their mean, or the last one.
     """
+    x = x.reshape(*mask.shape, x.shape[-1])
     if how == "mean":
-        weights = mask.to(x.dtype).unsqueeze(1)
-        return (weights @ x).squeeze(1).float() / mask.sum(1, keepdim=True)
+        weights = (mask / mask.sum(1, keepdim=True)).to(x.dtype)  # a sum of many tokens would overflow half precision
+        return (weights.unsqueeze(1) @ x).squeeze(1).float()
     order = torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask
     at = order.argmax(1) if how == "last_token" else mask.to(torch.int64).argmax(1)
     return x[torch.arange(len(x), device=x.device), at].float()
@@ -32,7 +33,8 @@ def represent(x: Tensor, mask: Tensor, how: Representation) -> Tensor:
 @cache
 def _projection(width: int, target: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(width, target, generator=generator) / target**0.5).to(device)
+    with torch.inference_mode(False):  # it is kept, and may be used in training next
+        return (torch.randn(width, target, generator=generator) / target**0.5).to(device)
 
 
 def cosines(h: Tensor, embeddings: Tensor) -> Tensor:

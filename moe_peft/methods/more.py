@@ -32,7 +32,8 @@ class MoRE(MultitaskModule):
         alpha: α; the update is scaled by α / r whatever rank is chosen.
         dropout: on the adapter's input.
         selector: "full" (every expert gets its exact gradient), "winner" (only the chosen one: the official code as
-            intended), "random" (the untrained gate's choice: the official code as released) or "fixed".
+            intended), "random" (the untrained gate's choice: the official code as released) or "fixed". With the last
+            two the task embeddings learn from TaskContrast alone.
         fixed_rank: for the selector "fixed": one rank for all tasks, or one per task; None is r.
         scaling: of expert k by "rank_over_r" ρ_k / r, "paper" ρ_k / T (the same where T = r), "none", or "code"
             ((j / r)² on component j).
@@ -75,6 +76,10 @@ class MoRE(MultitaskModule):
             raise ValueError(f"embedding_dim: {embedding_dim} is below 1; give a width, or null for one per linear")
         if rank_cost < 0:
             raise ValueError(f"rank_cost: {rank_cost} is negative, which would reward large ranks; give 0 or more")
+        if rank_cost and selector in ("fixed", "random"):
+            raise ValueError(
+                f"rank_cost: {rank_cost} costs nothing where selector {selector!r} keeps its ranks; drop it"
+            )
         if unknown_task == "mean" and selector in ("fixed", "random"):
             raise ValueError(f"unknown_task: selector {selector!r} has no gate to read a mean embedding; use nearest")
         self.rank_cost, self.embedding_dim = rank_cost, embedding_dim
@@ -93,11 +98,11 @@ class MoRE(MultitaskModule):
         selector = RankSelector(
             self.embedding_dim or base.in_features,
             nested_experts(self.expert_ranks, self.rank, tasks, self.scaling),
-            self.expert_ranks,
             tasks,
             self.selector,
             self.start,
             self.task_embedding,
+            self.rank_cost > 0,
             device,
         )
         factors = DenseFactors(base.in_features, base.out_features, self.rank, self.rank, device)

@@ -40,7 +40,7 @@ def nearest_task(module: "MultitaskModule", batch: Batch, tables: dict[str, Tens
 
     def vote(layer: nn.Module, args: tuple[Any, ...]) -> None:
         slot, x = str(layer.slot), args[0]
-        if x.shape[:2] == mask.shape:
+        if x.shape[:-1].numel() == mask.numel():
             with torch.autocast(x.device.type, enabled=False):
                 votes[slot] = cosines(represent(x, mask, how), tables[slot].to(x.device)).argmax(1)
 

@@ -7,7 +7,7 @@ from moe_peft.callbacks.ablation import RoutingAblation
 from moe_peft.methods.lora import LoRA
 from moe_peft.methods.more import MoRE
 from moe_peft.methods.trex import TRex
-from tests.tiny import build, fit_prior, output, random_batch, randomise
+from tests.tiny import TASKS, build, fit_prior, output, random_batch, randomise
 
 
 def trained():
@@ -67,3 +67,9 @@ def test_ranks_go_to_other_tasks_or_to_the_full_rank(what):
     assert (spoilt - output(fresh, batch)).abs().max() > 1e-3
     with pytest.raises(ValueError, match="LoRA has nothing"):
         RoutingAblation(what).on_test_start(None, build(LoRA))
+
+
+def test_a_single_task_has_no_other_to_take_ranks_from():
+    module = build(MoRE, rank=4, tasks=TASKS[:1])
+    with pytest.raises(ValueError, match="a shuffled_ranks needs two or more to shuffle, here is 1"):
+        RoutingAblation("shuffled_ranks").on_test_start(None, module)

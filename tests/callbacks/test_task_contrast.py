@@ -110,7 +110,7 @@ def test_the_source_and_target_lengths_of_that_test_are_equal():
     assert not torch.equal(batch["prompt_mask"], batch["labels"] != IGNORE_INDEX)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["seq2seq", "classifier"])
 def test_encoder_only_leaves_the_decoder_out(kind):
     batch = random_batch(kind=kind)
     module = more(kind, batch)
@@ -122,6 +122,11 @@ def test_encoder_only_leaves_the_decoder_out(kind):
     for slot, selector in module.selectors().items():
         gradient = selector.embedding.weight.grad
         assert (gradient is not None and bool(gradient.any())) == (slot in encoder), slot
+
+
+def test_encoder_only_on_a_decoder_is_refused():
+    with pytest.raises(ValueError, match="^TaskContrast: layers 'encoder', but a decoder has none .* use layers: all"):
+        TaskContrast(layers="encoder").on_fit_start(None, more("causal"))
 
 
 def test_encoder_only_without_an_adapted_linear_there_is_refused():

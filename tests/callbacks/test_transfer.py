@@ -314,7 +314,11 @@ def test_an_unknown_tasks_head_and_an_unasked_one_are_one_line(world, old, old_c
         ({"rank": 3}, {}, "TransferFrom: model.rank is 3 here and 4 in the checkpoint"),
         ({"alpha": 8.0}, {}, "TransferFrom: model.alpha is 8.0 here and 32.0 in the checkpoint"),
         ({"scaling": "none"}, {}, "TransferFrom: model.scaling is 'none' here and 'paper' in the checkpoint"),
-        ({"targets": ["q_proj"]}, {}, "it was made with other targets or options"),
+        (
+            {"targets": ["q_proj"]},
+            {},
+            "TransferFrom: model.targets is ['q_proj'] here and 'all-linear'",
+        ),
         ({"selector": "random"}, {}, "TransferFrom: model.selector is 'random' here"),
         ({"selector": "random"}, {"train": "selector"}, "TransferFrom: train 'selector' needs rank selectors that"),
         ({"class_path": "LoRA"}, {}, "checkpoint of another method: it has 'MoRE', this run 'LoRA'"),

@@ -37,7 +37,7 @@ def layer(selector="full", scaling="rank_over_r", ranks=(1, 2, 3, 4), start=(1, 
     nn.init.normal_(factors.B)
     given = torch.tensor(start) if selector == "fixed" else None
     experts = nested_experts(ranks, R, tasks, scaling)
-    router = RankSelector(options.pop("width", 5), experts, ranks, tasks, selector, given, **options)
+    router = RankSelector(options.pop("width", 5), experts, tasks, selector, given, **options)
     for parameter in router.parameters():
         nn.init.normal_(parameter)
     return AdaptedLinear(base, factors, router, SCALE, 0.0, RoutingContext(), "slot").double().train()
@@ -224,7 +224,7 @@ def test_random_keeps_the_untrained_gates_choice_whatever_the_embeddings_do():
 def test_all_selectors_of_a_seed_start_at_the_same_ranks():
     def start(selector):
         torch.manual_seed(3)  # wide enough for the embeddings to outweigh the gate's bias in places
-        router = RankSelector(600, nested_experts(range(1, 9), 8, 50, "none"), range(1, 9), 50, selector)
+        router = RankSelector(600, nested_experts(range(1, 9), 8, 50, "none"), 50, selector)
         assert torch.equal(router.ranks(), router.start_ranks())
         return router.ranks().tolist()
 
@@ -234,7 +234,7 @@ def test_all_selectors_of_a_seed_start_at_the_same_ranks():
 
 def test_the_gate_and_the_embeddings_start_as_in_the_official_code():
     torch.manual_seed(0)
-    router = RankSelector(400, nested_experts(range(1, 9), 8, 300, "none"), range(1, 9), 300)
+    router = RankSelector(400, nested_experts(range(1, 9), 8, 300, "none"), 300)
     assert router.embedding.weight.std().item() == pytest.approx(0.01, rel=0.02)
     assert router.weight.std().item() == pytest.approx((2 / 400) ** 0.5, rel=0.05)  # kaiming-uniform, fan_in, relu
     assert 0 < router.bias.abs().max() <= 400**-0.5
@@ -330,9 +330,11 @@ def test_autocast_changes_no_rank_and_no_core():
     router.bias.data.fill_(1.0)
     begin(adapted.context, tasks)
     with torch.autocast("cpu", torch.bfloat16):
-        low = router.probabilities().argmax(-1)
+        low = nn.functional.linear(router.task_embeddings(), router.weight, router.bias).argmax(-1)
+        ranks = router.ranks()
         core = router(x, x @ adapted.factors.A.mT, None, adapted.context, "slot")
     assert not torch.equal(low, router.probabilities().argmax(-1)), "this gate has no near ties"
+    assert torch.equal(ranks, router.ranks())
     assert torch.equal(core[:, 0], torch.stack([router.static_core(task) for task in tasks]))
 
 
@@ -367,7 +369,7 @@ def toy(selector, seed, steps=300, rows=8):
     truths = torch.stack([b[:, :k] @ a[:k] for k in TRUE_RANKS])
     base, factors = nn.Linear(WIDTH, WIDTH, bias=False), DenseFactors(WIDTH, WIDTH, 8, 8)
     nn.init.zeros_(base.weight)
-    router = RankSelector(WIDTH, nested_experts(range(1, 9), 8, 8, "none"), range(1, 9), 8, selector)
+    router = RankSelector(WIDTH, nested_experts(range(1, 9), 8, 8, "none"), 8, selector)
     context = RoutingContext()
     adapted = AdaptedLinear(base, factors, router, 1.0, 0.0, context, "slot").train()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)

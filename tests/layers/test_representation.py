@@ -73,3 +73,23 @@ def test_widths_that_differ_are_compared_through_a_fixed_projection_that_keeps_c
     torch.testing.assert_close(cosines(h, e), cosine_similarity((h @ p)[:, None], e[None], dim=-1))
     change = cosine_similarity(own @ p, other @ p) - cosine_similarity(own, other)
     assert change.mean().abs() < 0.05 and change.abs().max() < 0.3
+
+
+@pytest.mark.parametrize("how", ["first_token", "mean", "last_token"])
+def test_rows_and_tokens_in_one_dimension_change_nothing(how):
+    """Some models (OPT) hand their linears [B * S, D]."""
+    x, mask = torch.randn(3, 5, 4), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 0, 0]])
+    assert torch.equal(represent(x.flatten(0, 1), mask, how), represent(x, mask, how))
+
+
+def test_a_mean_of_many_large_half_precision_tokens_stays_finite():
+    x = torch.full((1, 512, 2), 800.0, dtype=torch.float16)
+    assert represent(x, torch.ones(1, 512), "mean").tolist() == [[800.0, 800.0]]
+
+
+def test_the_projection_first_made_in_inference_mode_serves_training():
+    embeddings = torch.randn(2, 3, requires_grad=True)
+    with torch.inference_mode():
+        cosines(torch.randn(1, 1234), embeddings)
+    cosines(torch.randn(1, 1234, requires_grad=True), embeddings).sum().backward()
+    assert embeddings.grad is not None

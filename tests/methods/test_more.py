@@ -3,6 +3,8 @@
 Merging, exports, checkpoints and runs have files of their own. Shapes: B batch, r ranks, N experts, T tasks.
 """
 
+from copy import deepcopy
+
 import peft
 import pytest
 import torch
@@ -458,3 +460,22 @@ def test_a_batch_without_task_ids_is_refused():
     with pytest.raises(ValueError, match="the batch has no task_id; give every row the index of its task"):
         module(batch)
     assert torch.isfinite(bare_logits(module, batch)).all()
+
+
+def test_a_module_can_be_copied_after_a_training_step():
+    module, batch = build(MoRE, rank=4, rank_cost=0.1), random_batch()
+    module.train()
+    (module(batch).sum() + module.method_loss_terms(batch)["rank_cost"]).backward()
+    copy = deepcopy(module)
+    assert copy.rank_table() == module.rank_table()
+
+
+def test_a_prediction_names_the_chosen_expert_alone():
+    module, batch = build(MoRE, rank=4, experts=[2, 4]), random_batch()
+    randomise(module)
+    module.context.recording = True
+    output(module.eval(), batch)
+    for slot, ranks in module.rank_table().items():
+        weights = module.context.records[slot].weights.squeeze(1)
+        expected = [[float(ranks[task] == rank) for rank in (2, 4)] for task in batch["task_id"].tolist()]
+        assert weights.tolist() == expected
