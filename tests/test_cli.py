@@ -200,14 +200,17 @@ WRONG = {
     "nested type": ({"model": {"lr": {"gates": "x"}}}, "model.lr.gates: 'x' is not accepted; use float"),
     "backbone's class": (
         {"model": {"backbone": {"class_path": "CausalLMM"}}},
-        "model.backbone: there is no class 'CausalLMM'; use CausalLM, Seq2SeqLM, Classifier",
+        "model.backbone: there is no class 'CausalLMM'; use CausalLM, Classifier, Seq2SeqLM",
     ),
-    "embedder": ({"model": {"embedder": {"class_path": "Tfidff"}}}, "there is no class 'Tfidff'; use InputEmbeddings"),
+    "embedder": (
+        {"model": {"embedder": {"class_path": "Tfidff"}}},
+        "there is no class 'Tfidff'; use HiddenStates, InputEmbeddings",
+    ),
     "data's argument": ({"data": {"batchsize": 3}}, "data: MultitaskDataModule has no argument 'batchsize'; it has"),
     "fraction": ({"data": {"batch_size": 2.5}}, "data.batch_size: '2.5' is not accepted; use int"),
     "sampling": (
         {"data": {"sampling": {"class_path": "Temperatur"}}},
-        "data.sampling: there is no class 'Temperatur'; use Proportional, Temperature",
+        "data.sampling: there is no class 'Temperatur'; use EqualRows, ExponentialShare",
     ),
     "sampling's argument": (
         {"data": {"sampling": {"class_path": "Temperature", "init_args": {"temp": 1}}}},
