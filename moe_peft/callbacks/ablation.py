@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from moe_peft.layers.rank_selector import RankSelector
+from moe_peft.layers.rank_selector import rank_selectors
 from moe_peft.layers.routers import JointRouter
 from moe_peft.methods.base import MultitaskModule
 
@@ -74,8 +74,8 @@ class RoutingAblation(Callback):
         return True
 
     def _ranks(self, module: MultitaskModule) -> bool:
-        selectors = [layer.router for layer in module.adapted.values() if isinstance(layer.router, RankSelector)]
-        for selector in selectors:
+        selectors = rank_selectors(module.adapted)
+        for selector in selectors.values():
             chosen = selector.probabilities().argmax(-1)
             if self.what == "full_ranks":
                 selector.fix(torch.full_like(chosen, len(selector.experts) - 1))

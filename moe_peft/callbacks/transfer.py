@@ -24,7 +24,7 @@ from moe_peft.checkpoint import (
     read_checkpoint,
     refuse_foreign,
 )
-from moe_peft.layers.rank_selector import RankSelector
+from moe_peft.layers.rank_selector import rank_selectors
 from moe_peft.layers.representation import Representation
 from moe_peft.methods.base import MultitaskModule
 from moe_peft.methods.nearest_task import nearest_task
@@ -81,7 +81,7 @@ class TransferFrom(Callback):
 
     def _freeze(self, module: MultitaskModule) -> None:
         """Keeps the factors, and the gates where asked, from learning: no gradient, no weight decay."""
-        selectors = [layer.router for layer in module.adapted.values() if isinstance(layer.router, RankSelector)]
+        selectors = list(rank_selectors(module.adapted).values())
         if not selectors or any(selector.weight is None for selector in selectors):
             raise ValueError(
                 f"TransferFrom: train {self.train!r} needs rank selectors that learn, which {type(module).__name__} "

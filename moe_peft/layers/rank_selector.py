@@ -9,8 +9,8 @@ official code, which is never reached there). Shapes: B batch, T tasks, N expert
 """
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch.nn import functional
 
 from moe_peft.context import Routing, RoutingContext
 from moe_peft.layers.routers import Router
+
+if TYPE_CHECKING:
+    from moe_peft.layers.adapted import AdaptedLinear
 
 Selector = Literal["full", "winner", "fixed", "random"]
 Scaling = Literal["rank_over_r", "paper", "none", "code"]
@@ -184,3 +187,8 @@ class RankSelector(Router):
                 return cores
             scores = self._scores(self.task_embeddings().mean(0, keepdim=True), self.weight)
             return torch.cat([cores, self.experts[scores.argmax(-1)]])
+
+
+def rank_selectors(adapted: "Mapping[str, AdaptedLinear]") -> dict[str, RankSelector]:
+    """Returns the rank selectors among adapted linears, by linear; none for methods that choose no ranks."""
+    return {slot: layer.router for slot, layer in adapted.items() if isinstance(layer.router, RankSelector)}

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from moe_peft.batch import Batch
 from moe_peft.layers.adapted import AdaptedLinear
 from moe_peft.layers.factors import DenseFactors
-from moe_peft.layers.rank_selector import RankSelector, Scaling, Selector, TaskEmbedding, nested_experts
+from moe_peft.layers.rank_selector import (
+    RankSelector,
+    Scaling,
+    Selector,
+    TaskEmbedding,
+    nested_experts,
+    rank_selectors,
+)
 from moe_peft.methods.base import MultitaskModule
 from moe_peft.methods.unknown_tasks import UnknownTask, UnknownTasks
 
@@ -157,8 +164,7 @@ class MoRE(MultitaskModule):
 
     def selectors(self) -> dict[str, RankSelector]:
         """Returns the rank selectors by linear."""
-        found = {slot: layer.router for slot, layer in self.adapted.items()}
-        return {slot: router for slot, router in found.items() if isinstance(router, RankSelector)}
+        return rank_selectors(self.adapted)
 
     @torch.no_grad()
     def rank_table(self, start: bool = False) -> dict[str, list[int]]:

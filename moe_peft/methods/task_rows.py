@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_peft.data.tasks import TaskSpec
-from moe_peft.layers.rank_selector import RankSelector, TaskEmbedding
+from moe_peft.layers.rank_selector import RankSelector, TaskEmbedding, rank_selectors
 from moe_peft.methods.heads import outputs_of
 
 if TYPE_CHECKING:
@@ -34,10 +34,9 @@ def sources(there: list[str], here: list[str]) -> list[int]:
 def task_tables(module: "MultitaskModule", state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the task embeddings [T, d] out of a checkpoint's state, by adapted linear; none for other methods."""
     tables = {}
-    for slot, layer in module.adapted.items():
-        if isinstance(layer.router, RankSelector):
-            own = layer.router.embedding is not None
-            tables[slot] = state[f"model.{slot}.router.embedding.weight" if own else "task_embedding.weight"]
+    for slot, selector in rank_selectors(module.adapted).items():
+        own = selector.embedding is not None
+        tables[slot] = state[f"model.{slot}.router.embedding.weight" if own else "task_embedding.weight"]
     return tables
 
 
@@ -57,9 +56,9 @@ def with_rows(module: "MultitaskModule", state: dict[str, Tensor], rows: list[in
         if isinstance(part, TaskEmbedding):
             table = state[f"{name}.weight"]
             new[f"{name}.weight"] = torch.cat([table, table.mean(0, keepdim=True)])[rows]  # NEW is the last row
-    for slot, table in task_tables(module, new).items():
-        router, prefix = module.adapted[slot].router, f"model.{slot}.router"
-        assert isinstance(router, RankSelector)
+    tables = task_tables(module, new)
+    for slot, router in rank_selectors(module.adapted).items():
+        table, prefix = tables[slot], f"model.{slot}.router"
         if router.weight is not None:
             fresh = nn.functional.linear(table, state[f"{prefix}.weight"], state[f"{prefix}.bias"]).argmax(-1)
         else:

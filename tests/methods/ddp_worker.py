@@ -101,5 +101,26 @@ def run_processes(processes: int, folder: Path, method: str, loss_mean: str) -> 
     return torch.load(result, weights_only=True)
 
 
+def assert_trained_as_one(one: dict[str, Any], two: dict[str, Any], first: float, later: float) -> None:
+    """Compares what two processes and one left: losses, gradients and weights.
+
+    Args:
+        one: of one process.
+        two: of two.
+        first: relative tolerance of the first step's gradients.
+        later: of the later ones, which start from weights that differ by rounding.
+    """
+    assert len(one["losses"]) == len(two["losses"]) == 3
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=1e-5)
+    for step, gradients in enumerate(one["gradients"]):
+        assert gradients.keys() == two["gradients"][step].keys()
+        for name, gradient in gradients.items():
+            assert gradient.abs().max() > 0, name
+            tolerance = (first if step == 0 else later) * max(gradient.abs().max().item(), 1e-2)
+            torch.testing.assert_close(two["gradients"][step][name], gradient, rtol=0, atol=tolerance)
+    for name, value in one["state"].items():
+        torch.testing.assert_close(two["state"][name], value, rtol=1e-3, atol=1e-4)
+
+
 if __name__ == "__main__":
     main(int(sys.argv[1]), *sys.argv[2:])

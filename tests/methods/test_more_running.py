@@ -18,7 +18,7 @@ from moe_peft.checkpoint import read_checkpoint
 from moe_peft.cli import run
 from moe_peft.methods.more import MoRE
 from moe_peft.optim import LearningRates
-from tests.methods.ddp_worker import ROOT, run_processes
+from tests.methods.ddp_worker import ROOT, assert_trained_as_one, run_processes
 from tests.tiny import TASKS, batch_of, build, come_alive, logits, output, random_batch, randomise, tiny_backbone
 from tests.tiny_runs import RECORDER, metrics, recorded, results, world  # noqa: F401  (a fixture)
 
@@ -198,16 +198,7 @@ def test_a_checkpoint_of_another_shape_is_refused_in_one_line(tmp_path, options,
 def test_15_two_processes_train_as_one(tmp_path):
     """With contrast and rank cost; each process sees rows of one of the two tasks only."""
     one, two = (run_processes(processes, tmp_path, "MoRE", "row") for processes in (1, 2))
-    assert len(one["losses"]) == len(two["losses"]) == 3
-    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=1e-5)
-    for step, gradients in enumerate(one["gradients"]):
-        assert gradients.keys() == two["gradients"][step].keys()
-        for name, gradient in gradients.items():
-            assert gradient.abs().max() > 0, name
-            tolerance = (1e-4 if step == 0 else 1e-3) * max(gradient.abs().max().item(), 1e-2)
-            torch.testing.assert_close(two["gradients"][step][name], gradient, rtol=0, atol=tolerance)
-    for name, value in one["state"].items():
-        torch.testing.assert_close(two["state"][name], value, rtol=1e-3, atol=1e-4)
+    assert_trained_as_one(one, two, first=1e-4, later=1e-3)
 
 
 @pytest.fixture(scope="module")
