@@ -29,11 +29,13 @@ from moe_peft.checkpoint import LOCATION, TRAINING, conflicts, read_checkpoint
 from moe_peft.data import module as data_module
 from moe_peft.loggers import MetricsCSV
 from moe_peft.messages import one_line
-from moe_peft.methods import lora, more, trex
+from moe_peft.methods import lora, more, trex, tt_lora
 from moe_peft.methods.base import MultitaskModule
 
 # Imported so that their classes are known to the configuration by bare name.
-NAMED = (ablation, backbones, embedders, rank_report, semantic_prior, task_contrast, transfer, lora, more, trex)
+CALLBACKS = (ablation, rank_report, semantic_prior, task_contrast, transfer)
+METHODS = (lora, more, trex, tt_lora)
+NAMED = (backbones, embedders, *CALLBACKS, *METHODS)
 # Precisions that cast the whole module, adapters included.
 HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 

@@ -8,12 +8,14 @@ computed for other rows, or a model called with other rows, raises.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from moe_peft.batch import content_key
+
+T = TypeVar("T")
 
 
 class Routing(NamedTuple):
@@ -41,7 +43,7 @@ class RoutingContext:
         self.contrast: Contrast | None = None
         """Compares a layer's input with the task embeddings while training (set by the TaskContrast callback)."""
         self._terms: dict[str, dict[str, Tensor]] = {}
-        self._held: dict[tuple[str, int], Tensor] = {}
+        self._held: dict[tuple[str, int], Any] = {}
         self._facts: dict[str, Tensor] = {}
         self._key: Tensor | None = None
         self._width = 0
@@ -115,7 +117,7 @@ class RoutingContext:
         """Takes the parts that this batch's layers left of a loss term; they must not outlive the step."""
         return list(self._terms.pop(name, {}).values())
 
-    def hold(self, slot: str, rows: int, make: Callable[[], Tensor]) -> Tensor:
+    def hold(self, slot: str, rows: int, make: Callable[[], T]) -> T:
         """Returns what `make` gives for a layer and so many rows: made once per batch where no gradient is needed.
 
         Weights that change are seen from the next batch on.

@@ -9,11 +9,11 @@ from jsonargparse import ArgumentParser, Namespace
 from moe_peft import backbones, embedders
 from moe_peft.data.tasks import TaskSpec
 from moe_peft.layers.rank_selector import TaskEmbedding
-from moe_peft.methods import lora, more, trex
+from moe_peft.methods import lora, more, trex, tt_lora
 from moe_peft.methods.base import MultitaskModule
 
 # Imported so that their classes are known to the configuration by bare name.
-NAMED = (backbones, embedders, lora, more, trex)
+NAMED = (backbones, embedders, lora, more, trex, tt_lora)
 
 
 SECTIONS = ("trainer", "data", "checkpoint", "results", "predictions", "seed_everything", "ckpt_path")
@@ -59,8 +59,9 @@ def count_parameters(module: MultitaskModule) -> dict[str, Any]:
     """
     counts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
+        if module.belongs_to_base(name):
             counts["base"] += parameter.numel()
+        if not parameter.requires_grad:
             continue
         counts["trainable"] += parameter.numel()
         counts[part_of(module, name)] += parameter.numel()

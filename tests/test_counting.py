@@ -53,6 +53,22 @@ def test_lora_of_rank_8_is_mores_baseline(base, parameters, linears, trainable):
 
 
 @pytest.mark.parametrize(
+    "method, base, parameters, trainable",
+    [
+        ("tt-lora", "llama3.2-1b", 1_235_814_400, 33_920),
+        ("tt-lora", "llama3.2-3b", 3_212_749_824, 48_860),
+        ("tt-lora", "llama3.1-8b", 8_030_261_248, 58_240),
+        ("tt-lora", "llama3.1-70b", 70_553_706_496, 157_600),
+        ("tt-lora", "roberta-base", 124_055_040, 23_760),
+        ("lora-r16-qv", "llama3.2-1b", 1_235_814_400, 1_703_936),
+    ],
+)
+def test_one_tensor_train_expert_counts_what_its_paper_counts(method, base, parameters, trainable):
+    counts = counts_of(f"--config={ROOT}/configs/paper/{method}.yaml", f"--config={ROOT}/configs/bases/{base}.yaml")
+    assert (counts["base"], counts["trainable"], counts["factors"]) == (parameters, trainable, trainable)
+
+
+@pytest.mark.parametrize(
     "base, linears, parts, per_task",
     [
         ("t5-base", 192, {"factors": 3_244_032, "router": 1_623_552, "embeddings": 1_622_016}, 811_200),

@@ -85,9 +85,13 @@ class AdaptedLinear(nn.Module):
             return h
         return apply_core(h.to(a.dtype), self.router(x, h, scores, self.context, self.slot))
 
+    def active_factors(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Returns A [R, D] and B [O, Q] for a batch of so many rows."""
+        return self.context.hold(f"{self.slot}.factors", rows, self.factors) if self.factors.derived else self.factors()
+
     def delta(self, x: Tensor) -> Tensor:
         """Returns the update alone, s * B C(x) A x: [..., O]."""
-        a, b = self.factors()
+        a, b = self.active_factors(len(x))
         return expand(x.new_zeros(*x.shape[:-1], self.out_features), self.rank_space(x, a), b, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +101,7 @@ class AdaptedLinear(nn.Module):
         y = self.base(x)
         if not self.context.enabled:
             return y
-        a, b = self.factors()
+        a, b = self.active_factors(len(x))
         return expand(y, self.rank_space(x, a), b, self.scale)
 
     @property

@@ -4,9 +4,15 @@ Shapes: D in, O out, R rows of A, Q columns of B.
 """
 
 import math
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+
+from moe_peft.layers.tensor_train import Layout, fold
+
+TrainInit = Literal["zero", "official"]
+"""How tensor-train cores start (see `TensorTrainFactors`)."""
 
 
 class Factors(nn.Module):
@@ -16,9 +22,11 @@ class Factors(nn.Module):
     """R, rows of A."""
     rank_out: int
     """Q, columns of B."""
+    derived: ClassVar[bool] = False
+    """Whether A and B are computed from what is stored, so that they are worth keeping where no gradient is needed."""
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Returns A [R, D] and B [O, Q], as stored (fp32)."""
+        """Returns A [R, D] and B [O, Q] in fp32."""
         raise TypeError(f"{type(self).__name__} must implement forward() -> (A, B)")
 
 
@@ -45,3 +53,62 @@ class DenseFactors(Factors):
     def forward(self) -> tuple[Tensor, Tensor]:
         """Returns the stored matrices themselves."""
         return self.A, self.B
+
+
+class TensorTrainFactors(Factors):
+    """The cores of a tensor train (TT-LoRA, arXiv 2408.01008), or of one per expert, merged into A and B when needed.
+
+    Args:
+        layout: how the matrix is cut into modes.
+        rank: r, at every inner bond where the modes allow it.
+        init: "zero": the last core is zero, so that the update starts at exactly zero; the other cores give A the
+            variance of a LoRA's and a step of the last core the size of a LoRA's step of B. "official": every core
+            uniform and divided by its own Frobenius norm, so that the update starts tiny, not at zero.
+        experts: E trains of the same layout, stacked; None holds one.
+        device: where to create them.
+    """
+
+    derived = True
+
+    def __init__(
+        self,
+        layout: Layout,
+        rank: int,
+        init: TrainInit = "zero",
+        experts: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if init not in ("zero", "official"):
+            raise ValueError(f"init: {init!r} is unknown; use zero or official")
+        self.layout, self.experts = layout, experts
+        self.rank_in = self.rank_out = layout.ranks(rank)[len(layout.inputs)]
+        lead = () if experts is None else (experts,)
+        shapes = layout.shapes(rank)
+        self.cores = nn.ParameterList(
+            nn.Parameter(torch.empty(*lead, *shape, device=device, dtype=torch.float32)) for shape in shapes
+        )
+        self._start(init)
+
+    @torch.no_grad()
+    def _start(self, init: TrainInit) -> None:
+        """Draws directions, then gives every core its norm: products of many cores would else vary a lot in size."""
+        inputs = len(self.layout.inputs)
+        spread = (3 * math.prod(self.layout.inputs)) ** (-0.5 / inputs)
+        for at, core in enumerate(self.cores):
+            before, size, after = core.shape[-3:]
+            core.uniform_(-1, 1)
+            core.div_(torch.linalg.vector_norm(core, dim=(-3, -2, -1), keepdim=True) + 1e-6)
+            if init == "zero":
+                std = spread / before**0.5 if at < inputs else after**-0.5
+                core.mul_(std * (before * size * after) ** 0.5)
+        if init == "zero":
+            self.cores[-1].zero_()
+
+    def forward(self, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns A [R, D] and B [O, R], or those of the chosen experts [n]: A [n, R, D] and B [n, O, R].
+
+        Only what is chosen is computed; nothing of the size [E, R, D] is.
+        """
+        cores = list(self.cores) if chosen is None else [core.index_select(0, chosen) for core in self.cores]
+        return fold(cores, self.layout)

@@ -46,6 +46,7 @@ class MultitaskModule(TrainingSteps, EvaluationSteps):
             the global batch's answer tokens.
         ranking: which option score decides: "sum" of log-likelihoods or "per_char" (divided by the option's length).
         max_new_tokens: length of generated answers.
+        train_heads: whether the heads of a classifier backbone learn; false leaves them at their random start.
     """
 
     default_rates: ClassVar[Mapping[str, float]] = {}
@@ -65,6 +66,7 @@ class MultitaskModule(TrainingSteps, EvaluationSteps):
         loss_mean: Literal["row", "token"] = "row",
         ranking: Ranking = "sum",
         max_new_tokens: int = 16,
+        train_heads: bool = True,
     ) -> None:
         super().__init__()
         if not tasks:
@@ -72,7 +74,7 @@ class MultitaskModule(TrainingSteps, EvaluationSteps):
         self.backbone, self.specs, self.targets = backbone, list(tasks), targets
         self.optimizer, self.scheduler = optimizer, scheduler
         self.lr, self.weight_decay = lr or LearningRates(), weight_decay or WeightDecays()
-        self.loss_mean, self.max_new_tokens = loss_mean, max_new_tokens
+        self.loss_mean, self.max_new_tokens, self.train_heads = loss_mean, max_new_tokens, train_heads
         self.ranking: Ranking = ranking
         self.context = RoutingContext()
         self.adapted: dict[str, AdaptedLinear] = {}
@@ -124,6 +126,7 @@ class MultitaskModule(TrainingSteps, EvaluationSteps):
         self.model = model
         if head_inputs:
             self.heads = TaskHeads(head_inputs, self.specs, device=next(model.parameters()).device)
+            self.heads.requires_grad_(self.train_heads)
         if self.prior is not None:
             self.prior.bind(self.backbone, model, self.context)
         head = output_head(model)
@@ -224,15 +227,16 @@ class MultitaskModule(TrainingSteps, EvaluationSteps):
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Returns what a checkpoint holds: adapters, routers, heads and priors; never the backbone."""
-        return {name: value for name, value in self.state_dict().items() if not self._belongs_to_base(name)}
+        return {name: value for name, value in self.state_dict().items() if not self.belongs_to_base(name)}
 
-    def _belongs_to_base(self, name: str) -> bool:
+    def belongs_to_base(self, name: str) -> bool:
+        """Whether a parameter or buffer of that name is the frozen backbone's."""
         return name.startswith("model.") and ".factors." not in name and ".router." not in name
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the frozen base out and adds what is needed to refuse a wrong one."""
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: value for name, value in state.items() if not self._belongs_to_base(name)}
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if not self.belongs_to_base(name)}
         checkpoint["moe_peft"] = describe(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
