@@ -58,8 +58,7 @@ def load_module(checkpoint: str | Path, backbone: str | None = None) -> Multitas
         config = parser.parse_object({"model": model})
     except ArgumentError as error:
         raise ValueError(f"checkpoint: '{path}' has a model that is unknown here: {one_line(str(error))}") from None
-    specs = [TaskSpec(**{**spec, "choices": tuple(spec["choices"])}) for spec in about["specs"]]
-    config.model.init_args["tasks"] = specs
+    config.model.init_args["tasks"] = [TaskSpec.from_saved(spec) for spec in about["specs"]]
     module: MultitaskModule = parser.instantiate_classes(config)["model"]
     module.config = model
     module.on_load_checkpoint(content)

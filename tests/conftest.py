@@ -1,7 +1,9 @@
-"""Fixtures shared by all tests: where real data lie, tiny task folders, the real tokenizer."""
+"""Fixtures shared by all tests: where real data lie, tiny task folders, the real tokenizer, the tools."""
 
 import importlib.util
 import os
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,24 @@ def make_task(tmp_path: Path) -> Callable[..., Path]:
         return write_task(tmp_path / name, splits, kind, **options)
 
     return make
+
+
+@pytest.fixture
+def run_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs tools/<name>.py in this process; returns its status, lines on stdout, lines on stderr."""
+
+    def run(name: str, *given: Any) -> tuple[int, list[str], list[str]]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, given)])
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        streams = capsys.readouterr()
+        return status, streams.out.strip().splitlines(), streams.err.strip().splitlines()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,30 @@ def one_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert lines[0].startswith("error: ")
     assert len(lines[0]) <= 700
     return lines[0]
+
+
+@pytest.fixture
+def config(world: World, tmp_path: Path) -> Path:
+    """A configuration file that runs."""
+    return world.write(tmp_path / "config.yaml", world.config())
+
+
+@pytest.fixture
+def refused(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a fit of a spoiled configuration and returns its one line; nothing may be left in the run folder."""
+
+    def fit(*more: str, **sections: dict[str, Any]) -> str:
+        spoiled = world.config()
+        for section, arguments in sections.items():
+            target = spoiled[section] if section == "trainer" else spoiled[section]["init_args"]
+            target.update(arguments)
+        file = world.write(tmp_path / "spoiled.yaml", spoiled)
+        folder = tmp_path / "run"
+        line = one_error(capsys, "fit", f"--config={file}", f"--trainer.default_root_dir={folder}", *more)
+        assert not folder.is_dir() or files(folder) == {}
+        return line
+
+    return fit
 
 
 class Recorder(Callback):

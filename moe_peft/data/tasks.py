@@ -5,7 +5,7 @@ instead of choices and label, generation rows `target` alone.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any, Literal
@@ -63,6 +63,11 @@ class TaskSpec:
             twice = repeated(self.choices)
             if twice is not None:
                 raise ValueError(f"task '{self.name}': two labels are equal ({twice!r}); rename one of them.")
+
+    @classmethod
+    def from_saved(cls, fields: Mapping[str, Any]) -> "TaskSpec":
+        """Returns a specification out of its fields as plain types, in which a checkpoint keeps it."""
+        return cls(**{**fields, "choices": tuple(fields["choices"])})
 
     @property
     def primary_metric(self) -> str:

@@ -2,16 +2,34 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moe_peft.interop.folder import new_folder
 from moe_peft.interop.merged import export_merged
-from moe_peft.interop.parity import parity, random_rows, text_rows
+from moe_peft.interop.parity import Parity, parity, random_rows, text_rows
 from moe_peft.interop.peft import export_peft
 from moe_peft.methods.base import MultitaskModule
 
 ALL = "all"
 """The word for every task, unless a task is called so."""
+
+
+class Exported(NamedTuple):
+    """A task's export: where it lies, and what comparing it with the module found."""
+
+    folder: Path
+    task: str
+    parity: Parity
+    how: str
+    """What was compared, and in which dtype."""
+
+    def __str__(self) -> str:
+        """Returns a line with the largest difference."""
+        found = self.parity
+        return (
+            f"{self.folder}: task {self.task!r}, largest difference {found.difference:.1e} of outputs up to "
+            f"{found.largest:.1f} ({self.how}, read back with {found.reader})"
+        )
 
 
 def export(
@@ -21,7 +39,7 @@ def export(
     out: Path,
     uniform_rank: bool = False,
     texts: list[str] | None = None,
-) -> list[str]:
+) -> list[Exported]:
     """Writes the export, reads it back and compares.
 
     Args:
@@ -33,7 +51,8 @@ def export(
         texts: what to compare on; None takes random token ids.
 
     Returns:
-        A line per task: what was written, and the largest difference of its outputs from the module's.
+        What was written, by task, and the largest difference of its outputs from the module's. The files stay,
+        however large it is (see `unfaithful`).
 
     Raises:
         ValueError: an argument that does not fit, before anything is written.
@@ -53,12 +72,16 @@ def export(
             else:
                 export_merged(module, target, name)
     dtype = str(module.backbone.dtype).removeprefix("torch.")
-    kind = f"{dtype}, {len(rows)} rows of {'text' if texts else 'random token ids'}"
-    lines = []
-    for name, folder in folders.items():
-        found = parity(module, folder, name, rows)
-        lines.append(
-            f"{folder}: task {name!r}, largest difference {found.difference:.1e} of outputs up to {found.largest:.1f} "
-            f"({kind}, read back with {found.reader})"
-        )
-    return lines
+    how = f"{dtype}, {len(rows)} rows of {'text' if texts else 'random token ids'}"
+    return [Exported(folder, name, parity(module, folder, name, rows), how) for name, folder in folders.items()]
+
+
+def unfaithful(exports: list[Exported]) -> str | None:
+    """Names the exports that do not compute what the module does, in one line; None where all do."""
+    wrong = [each for each in exports if not each.parity.faithful]
+    if not wrong:
+        return None
+    return (
+        f"{', '.join(str(each.folder) for each in wrong)}: the outputs differ from the trained module's by more than "
+        f"{wrong[0].parity.tolerance:g} of the largest; the files stay, but do not use them"
+    )

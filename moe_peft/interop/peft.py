@@ -40,14 +40,15 @@ class LowRank(NamedTuple):
 
 
 @torch.no_grad()
-def low_rank(layer: AdaptedLinear, core: Tensor | None) -> LowRank:
+def low_rank(layer: AdaptedLinear, core: Tensor | None, task: int = 0) -> LowRank:
     """Folds a fixed core into an adapted linear's factors.
 
     Args:
         layer: the linear.
         core: None (identity), [R] (diagonal; components of weight zero are dropped) or [Q, R] (goes into A).
+        task: whose factors, where tasks have their own.
     """
-    a, b = layer.factors()
+    a, b = layer.fixed_factors(task)
     if core is None:
         return LowRank(a, b, layer.scale)
     if core.dim() == 2:
@@ -76,7 +77,7 @@ def export_peft(module: MultitaskModule, folder: str | Path, task: str | int, un
         ValueError: no such task, cores that depend on the input, or a folder that holds something.
     """
     cores, number = static_cores(module, task), task_number(module, task)
-    updates = {slot: low_rank(layer, cores[slot]) for slot, layer in module.adapted.items()}
+    updates = {slot: low_rank(layer, cores[slot], number) for slot, layer in module.adapted.items()}
     ranks = {slot: len(update.a) for slot, update in updates.items()}
     if uniform_rank:
         rank = max(layer.factors.rank_out for layer in module.adapted.values())
@@ -97,7 +98,9 @@ def adapter_config(module: MultitaskModule, updates: dict[str, LowRank]) -> dict
     """Returns PEFT's configuration: the largest rank with its alpha, and a pattern for every linear that differs.
 
     PEFT reads a pattern as a regular expression that the end of a name must match, from a dot on: a plain name would
-    match longer names too, and its dots any character. Anchored and escaped it matches its own linear only.
+    match longer names too, and its dots any character. Anchored and escaped it matches its own linear only, from PEFT
+    0.15.0 on; earlier versions find no anchored pattern and refuse the tensors of other ranks. Without patterns (the
+    uniform form, or equal ranks and scales) the files load from PEFT 0.9.0 on.
     """
     ranks = {slot: len(update.a) for slot, update in updates.items()}
     alphas = {slot: _plain(update.scale * ranks[slot]) for slot, update in updates.items()}
@@ -106,7 +109,7 @@ def adapter_config(module: MultitaskModule, updates: dict[str, LowRank]) -> dict
     return {
         "peft_type": "LORA",
         "task_type": TASK_TYPES[module.backbone.kind],
-        "base_model_name_or_path": getattr(module.built().config, "_name_or_path", "") or module.backbone.name,
+        "base_model_name_or_path": module.backbone.name,  # the model's own may be a private cache
         "revision": module.backbone.revision,
         "r": rank,
         "lora_alpha": alpha,

@@ -116,31 +116,46 @@ class AdaptedLinear(nn.Module):
             return nn.functional.linear(x, original, self.base.bias)
         return self.base(x)
 
+    @property
+    def depends_on_task(self) -> bool:
+        """Whether a fixed update exists for one task at a time only, if at all."""
+        return self.router is not None
+
+    def fixed_core(self, task: int) -> Tensor | None:
+        """Returns a task's core, if it is no identity (see `Router.static_core`)."""
+        return None if self.router is None else self.router.static_core(task)
+
+    def fixed_factors(self, task: int) -> tuple[Tensor, Tensor]:
+        """Returns the factors A [R, D] and B [O, Q] that serve a task."""
+        return self.factors()
+
     @torch.no_grad()
-    def merged_weight(self, core: Tensor | None = None) -> Tensor:
+    def merged_weight(self, core: Tensor | None = None, task: int = 0) -> Tensor:
         """Returns W0 + s * B C A [O, D] for a fixed core, computed in fp32 and cast to the base's dtype.
 
         Args:
             core: None (identity), [R] (diagonal) or [Q, R].
+            task: whose factors, where tasks have their own.
         """
-        a, b = self.factors()
+        a, b = self.fixed_factors(task)
         with torch.autocast(a.device.type, enabled=False):
             delta = self.scale * b @ (a if core is None else core.unsqueeze(-1) * a if core.dim() == 1 else core @ a)
         weight = self.base.weight if self.original is None else self.original
         return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
-    def merge(self, core: Tensor | None = None) -> None:
-        """Puts `merged_weight(core)` in the base's place and keeps W0 itself, so that nothing is lost to rounding.
+    def merge(self, core: Tensor | None = None, task: int = 0) -> None:
+        """Puts `merged_weight(core, task)` in the base's place and keeps W0 itself, so that no rounding is lost.
 
         Args:
             core: see `merged_weight`.
+            task: see `merged_weight`.
 
         Raises:
             ValueError: it is merged already.
         """
         if self.merged:
             raise ValueError(f"{self.slot} is merged already: call unmerge() first")
-        merged = nn.Parameter(self.merged_weight(core), requires_grad=False)
+        merged = nn.Parameter(self.merged_weight(core, task), requires_grad=False)
         self.original, self.base.weight = self.base.weight, merged
 
     def unmerge(self) -> None:

@@ -43,10 +43,10 @@ def static_cores(module: "MultitaskModule", task: str | int | None) -> dict[str,
     number = None if task is None else module.mergeable_task(task)
     cores: dict[str, Tensor | None] = dict.fromkeys(module.adapted)
     for slot, layer in module.adapted.items():
-        if layer.router is None:
+        if not layer.depends_on_task:
             continue
         try:  # without a task too, so that a method that reads its input is told that first
-            cores[slot] = layer.router.static_core(number or 0)
+            cores[slot] = layer.fixed_core(number or 0)
         except ValueError as error:
             raise ValueError(f"{type(module).__name__} cannot be merged or exported as a LoRA: {error}") from None
         if number is None:
@@ -64,16 +64,16 @@ def merge(module: "MultitaskModule", task: str | int | None = None) -> None:
     """Merges every adapted linear for a task, or none if anything goes wrong; see `MultitaskModule.merge`."""
     if merged_layers(module):
         raise ValueError(f"{_merged_for(module)} is merged already: call unmerge() before merging again")
-    cores = static_cores(module, task)
+    cores, number = static_cores(module, task), None if task is None else task_number(module, task)
     try:
         for slot, core in cores.items():
-            module.adapted[slot].merge(core)
+            module.adapted[slot].merge(core, number or 0)
     except BaseException:  # out of memory, or an interrupt: a half-merged model would answer with nobody's weights
         for layer in merged_layers(module):
             layer.unmerge()
         raise
-    depends = any(core is not None for core in cores.values())
-    module.merged_task = task_number(module, task) if depends and task is not None else None
+    depends = any(layer.depends_on_task for layer in module.adapted.values())
+    module.merged_task = number if depends else None
 
 
 def unmerge(module: "MultitaskModule") -> None:

@@ -83,9 +83,8 @@ def with_heads(module: "MultitaskModule", state: dict[str, Tensor], about: dict[
         return state
     if about.get("specs") is None:
         raise ValueError("the checkpoint does not say what its heads' classes are; resume it with this version first")
-    saved = [TaskSpec(**{**spec, "choices": tuple(spec["choices"])}) for spec in about["specs"]]
     offsets, start = {}, 0
-    for spec in saved:
+    for spec in map(TaskSpec.from_saved, about["specs"]):
         offsets[spec.name] = spec, start
         start += outputs_of(spec)
     new = dict(state)

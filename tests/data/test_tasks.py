@@ -1,3 +1,6 @@
+import json
+from dataclasses import asdict
+
 import pytest
 
 from moe_peft.data.tasks import TaskSpec, check_rows, template_fields
@@ -78,6 +81,11 @@ def test_first_of_two_metrics_is_primary():
 def test_two_equal_labels_of_a_task_are_refused():
     with pytest.raises(ValueError, match="'toy'.*equal.*'yes'"):
         TaskSpec("toy", "classification", "accuracy", "{text}", ("yes", "yes"))
+
+
+@pytest.mark.parametrize("spec", [SPEC, CHOICE], ids=lambda spec: spec.name)
+def test_a_specification_comes_back_from_plain_types(spec):
+    assert TaskSpec.from_saved(json.loads(json.dumps(asdict(spec)))) == spec
 
 
 @pytest.mark.parametrize("template", ["{text", "{}", "{text.upper}"])

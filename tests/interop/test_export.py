@@ -1,11 +1,8 @@
-"""Merged folders, the comparison that proves an export, and the command that writes both."""
+"""Merged folders, and the comparison that proves an export."""
 
 import importlib.util
 import json
-import re
-import subprocess
-import sys
-from pathlib import Path
+import math
 
 import pytest
 import torch
@@ -13,17 +10,18 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from moe_peft.interop.export import export
+import moe_peft.backbones
+from moe_peft.backbones import CausalLM
+from moe_peft.interop.export import export, unfaithful
 from moe_peft.interop.merged import export_merged, plain_model
-from moe_peft.interop.parity import parity, random_rows, read_back, text_rows
+from moe_peft.interop.parity import Parity, parity, random_rows, read_back, text_rows
 from moe_peft.interop.peft import export_peft
 from moe_peft.layers.adapted import AdaptedLinear
-from tests.tiny import output, random_batch
-from tests.tiny_checkpoints import TASKS, backbones, save, trained  # noqa: F401  (a fixture)
+from moe_peft.methods.lora import LoRA
+from tests.tiny import build, output, random_batch
+from tests.tiny_checkpoints import TASKS, backbones, trained  # noqa: F401  (a fixture)
 
-ROOT = Path(__file__).parents[2]
 AUTO = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "classifier": "AutoModel"}
-LINE = r"largest difference (\S+) of outputs up to (\S+) \(float32, 4 rows of random token ids, read back with (\w+)"
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +128,32 @@ def test_parity_sees_a_single_changed_tensor_on_disk(module, tmp_path, to):
     assert parity(module, tmp_path / "a", "tone", random_rows(module)).difference > 1e-3
 
 
+@pytest.mark.parametrize("to", ["peft", "merged"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_roundings_of_the_dtype_are_faithful_and_another_task_is_not(backbones, tmp_path, dtype, to):  # noqa: F811
+    module = trained(backbones["causal"], "MoRE", dtype=dtype, rank=5)
+    write(module, to, tmp_path / "a", "tone")
+    rows = random_rows(module)
+    assert parity(module, tmp_path / "a", "tone", rows).faithful
+    assert not parity(module, tmp_path / "a", "mood", rows).faithful
+
+
+def test_the_tolerance_is_relative_and_no_number_is_outside_it():
+    assert Parity(1.0, 1000.0, 1e-3, "peft").faithful and not Parity(1.1, 1000.0, 1e-3, "peft").faithful
+    assert not Parity(math.nan, 1000.0, 1e-3, "peft").faithful and not Parity(0.0, math.nan, 1e-3, "peft").faithful
+
+
+@pytest.mark.parametrize("to", ["peft", "merged"])
+def test_an_export_names_the_backbone_and_not_where_its_gguf_file_was_unpacked(backbones, tmp_path, monkeypatch, to):  # noqa: F811
+    monkeypatch.setattr(moe_peft.backbones, "dequantised", lambda *_: backbones["causal"])
+    backbone = CausalLM("org/tiny", dtype="float32", gguf_file="tiny.gguf")
+    write(build(LoRA, backbone=backbone), to, tmp_path / "a", "tone")
+    files = {file.name: file.read_text() for file in (tmp_path / "a").glob("*.json")}
+    assert not [name for name, text in files.items() if str(backbones["causal"]) in text]
+    if to == "peft":
+        assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "org/tiny"
+
+
 def test_without_peft_our_own_reader_reads_the_lora_back(module, tmp_path, monkeypatch):
     export_peft(module, tmp_path / "a", "tone")
     find = importlib.util.find_spec
@@ -152,91 +176,13 @@ def test_rows_are_the_users_texts_or_the_same_random_ids(module):
 
 @pytest.mark.parametrize("to", ["peft", "merged"])
 def test_all_tasks_go_into_a_folder_each(module, tmp_path, to):
-    lines = export(module, to, "all", tmp_path / "out")
+    found = export(module, to, "all", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mood", "sci_topic", "tone"]
-    assert len(lines) == 3
-    for line, spec in zip(lines, TASKS, strict=True):
-        found = re.search(LINE, line)
-        assert f"task '{spec.name}'" in line and float(found[1]) < 1e-4 < float(found[2])
+    assert [each.task for each in found] == [spec.name for spec in TASKS] and unfaithful(found) is None
+    for each in found:
+        difference, largest = each.parity.difference, each.parity.largest
+        assert str(each).startswith(
+            f"{each.folder}: task '{each.task}', largest difference {difference:.1e} of outputs"
+        )
+        assert difference < 1e-4 < largest
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs tools/export.py in this process; returns status, lines on stdout, lines on stderr."""
-    spec = importlib.util.spec_from_file_location("export_tool", ROOT / "tools" / "export.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def run(*given):
-        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, given)])
-        capsys.readouterr()
-        try:
-            tool.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        streams = capsys.readouterr()
-        return status, streams.out.strip().splitlines(), streams.err.strip().splitlines()
-
-    return run
-
-
-@pytest.fixture
-def run_folder(module, tmp_path):
-    """A run's folder with a best checkpoint."""
-    save(module, tmp_path / "run" / "checkpoints" / "best.ckpt")
-    return tmp_path / "run"
-
-
-def test_the_command_writes_a_lora_and_prints_its_parity(run_folder, tmp_path):
-    command = [sys.executable, ROOT / "tools" / "export.py", run_folder, "--to=peft", "--task=tone"]
-    done = subprocess.run([*command, f"--out={tmp_path / 'a'}"], capture_output=True, text=True, check=True)
-    found = re.search(LINE, done.stdout)
-    assert float(found[1]) < 1e-4 and found[3] == "peft"
-    assert done.stdout.count("\n") == 1 and json.loads((tmp_path / "a" / "adapter_config.json").read_text())["r"] > 1
-
-
-def test_the_command_takes_a_checkpoint_a_text_and_the_uniform_form(run_folder, tmp_path, command):
-    file = run_folder / "checkpoints" / "best.ckpt"
-    given = (file, "--to=peft", "--task=all", "--uniform-rank", "--text=film 1 was good", f"--out={tmp_path / 'a'}")
-    status, out, _ = command(*given)
-    assert status == 0 and len(out) == 3 and all("1 rows of text" in line for line in out)
-    assert json.loads((tmp_path / "a" / "mood" / "adapter_config.json").read_text())["rank_pattern"] == {}
-
-
-def test_the_command_merges(run_folder, tmp_path, command):
-    status, out, _ = command(run_folder, "--to=merged", "--task=mood", f"--out={tmp_path / 'a'}")
-    assert status == 0 and "read back with transformers" in out[0]
-    assert float(re.search(LINE, out[0])[1]) < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"run": "gone"}, r"'.*gone' is no file"),
-        ({"run": "."}, r"holds no checkpoints/best\.ckpt or last\.ckpt"),
-        ({"--task": "tune"}, r"task: there is no task 'tune'; use one of tone \(0\), sci/topic \(1\), mood \(2\)"),
-        ({"--out": "run"}, r"out: '.*run' exists and is not an empty folder"),
-        ({"--backbone": "gone"}, r"backbone 'gone' cannot be read"),
-        ({"--text": ""}, "text: an empty text has nothing to compare"),
-        ({"--to": "merged", "--uniform-rank": None}, "uniform_rank: a merged export has no ranks; use it with peft"),
-    ],
-)
-def test_a_mistake_is_one_line_and_writes_nothing(run_folder, tmp_path, command, changed, message):
-    given = {"--to": "peft", "--task": "tone", "--out": "out"} | changed
-    given["--out"] = tmp_path / given["--out"]
-    path = tmp_path / given.pop("run", "run")
-    flags = [name if value is None else f"{name}={value}" for name, value in given.items()]
-    before = sorted(tmp_path.rglob("*"))
-    status, out, errors = command(path, *flags)
-    assert status == 2 and not out and len(errors) == 1, errors
-    assert re.match(f"error: .*{message}", errors[0])
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_the_command_refuses_a_method_that_reads_the_input(backbones, tmp_path, command):  # noqa: F811
-    file = save(trained(backbones["causal"], "TRex", r1=2, r2=3), tmp_path / "a.ckpt")
-    status, _, errors = command(file, "--to=merged", "--task=all", f"--out={tmp_path / 'out'}")
-    assert status == 2 and len(errors) == 1 and "TRex cannot be merged" in errors[0]
-    assert not (tmp_path / "out").exists()
