@@ -35,6 +35,8 @@ class Batch(TypedDict, total=False):
     """Rows of the *global* batch / (ranks x accumulation steps): divide the row losses' sum by it."""
     tokens_share: float
     """Answer tokens of the global batch / (ranks x accumulation steps)."""
+    task_share: Tensor
+    """[B] rows of the row's own task in the *global* batch / (ranks x accumulation steps)."""
     option_of: Tensor
     """[B, S] int64, causal evaluation: options lie side by side behind their row's prompt; k + 1 for a token of option
     k, 0 for prompt and padding. Seq2seq evaluation has one sequence per option instead, a row's options consecutive."""

@@ -22,6 +22,7 @@ LOCATION = tuple(
     for owner, names in {
         "backbone": ("name", "gguf_file", "sha256", "revision", "shape", "gradient_checkpointing", "attention"),
         "embedder": ("name", "cache_dir"),
+        "features": ("name", "cache_dir", "keep"),
     }.items()
     for name in names
 )
@@ -37,6 +38,8 @@ TRAINING = tuple(
         "ranking",
         "max_new_tokens",
         "unknown_task",
+        "routing",
+        "cache_megabytes",
     )
 )
 
@@ -48,7 +51,7 @@ def describe(module: "MultitaskModule") -> dict[str, Any]:
         "method": type(module).__name__,
         "backbone": module.backbone.describe(),
         "fingerprint": module.fingerprint,
-        "embedder": module.prior.embedder.fingerprint() if module.prior is not None and module.fingerprint else "",
+        "embedder": module.embedder.fingerprint() if module.embedder is not None and module.fingerprint else "",
         "tasks": [task.name for task in module.specs],
         "specs": [asdict(task) for task in module.specs],
         "representation": module.representation,
@@ -122,7 +125,7 @@ def check_adapter_names(own: dict[str, Tensor], state: dict[str, Tensor]) -> Non
 
 
 def check_adapter_state(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Compares a checkpoint's tensors with the module's adapter tensors, by name and shape.
+    """Compares a checkpoint's tensors with the module's adapter tensors, by name and shape; its values must be finite.
 
     Raises:
         ValueError: names the first difference.
@@ -135,6 +138,9 @@ def check_adapter_state(own: dict[str, Tensor], state: dict[str, Tensor]) -> Non
             f"the checkpoint's {name} has shape {list(state[name].shape)}, this run's {list(own[name].shape)}: "
             "another rank, number of experts or clusters; use its own config.yaml"
         )
+    for name, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"the checkpoint's {name} holds values that are not finite; use one from before they came")
 
 
 def conflicts(there: Any, here: Any, free: Iterable[str] = (), prefix: str = "") -> list[str]:

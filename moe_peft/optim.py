@@ -6,6 +6,7 @@ learning rate and weight decay; which group a parameter belongs to is decided by
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -113,11 +114,21 @@ class WarmupDecay(LambdaLR):
         if warmup < 0:
             raise ValueError(f"warmup: {warmup} is negative")
         self.warmup, self.decay, self.total_steps = warmup, decay, total_steps
-        super().__init__(optimizer, self.factor)
+        self.spans: dict[str, tuple[int, int]] = {}
+        """First step and length, in optimizer steps, of groups that do not learn from the first step to the last."""
+        super().__init__(optimizer, [partial(self.factor, group=group.get("name")) for group in optimizer.param_groups])
 
-    def factor(self, step: int) -> float:
-        """Returns the multiple of the base learning rate used at optimizer step `step` (from 0)."""
-        total = self.total_steps or 0
+    def factor(self, step: int, group: str | None = None) -> float:
+        """Returns the multiple of the base learning rate used at optimizer step `step` (from 0).
+
+        Args:
+            step: the step.
+            group: name of the parameter group, which may have a span of its own: 0 before and after it.
+        """
+        first, total = self.spans.get(group or "", (0, self.total_steps or 0))
+        step -= first
+        if step < 0 or (group in self.spans and step >= total):
+            return 0.0
         warmup = self.warmup * total if self.warmup < 1 else self.warmup
         if step < warmup:
             return (step + 1) / (warmup + 1)
@@ -128,7 +139,7 @@ class WarmupDecay(LambdaLR):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position only: shape and length come from the configuration, also in a resumed, longer fit."""
-        own = {"warmup", "decay", "total_steps"}
+        own = {"warmup", "decay", "total_steps", "spans"}
         return {name: value for name, value in super().state_dict().items() if name not in own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -138,10 +149,15 @@ class WarmupDecay(LambdaLR):
 
     def _apply(self) -> None:
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * self.factor(self.last_epoch)
+            group["lr"] = base * self.factor(self.last_epoch, group.get("name"))
 
     def set_total_steps(self, total_steps: int) -> None:
         """Fills in the length of the fit, unless it was given, and applies the factor of the current step."""
         if self.total_steps is None:
             self.total_steps = total_steps
             self._apply()
+
+    def set_span(self, group: str, first: int, steps: int) -> None:
+        """Gives a parameter group a warm-up and a decay of its own, over the steps in which it learns."""
+        self.spans[group] = first, steps
+        self._apply()

@@ -193,3 +193,40 @@ def test_a_fit_steps_the_schedule_every_optimizer_step(tmp_path):
     factors = [1 / 3, 2 / 3, 1.0, 0.5]
     assert [step["gates"] for step in seen] == pytest.approx([5e-5 * factor for factor in factors])
     assert [step["adapters"] for step in seen] == pytest.approx([1e-3 * factor for factor in factors])
+
+
+def named_schedule(**options):
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "name": name} for name in ("adapters", "routers", "gates")]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    return optimizer, WarmupDecay(optimizer, total_steps=20, **options)
+
+
+def test_a_span_gives_a_group_a_warm_up_and_a_decay_of_its_own():
+    optimizer, scheduler = named_schedule(warmup=0.25)
+    scheduler.set_span("adapters", 0, 8)
+    scheduler.set_span("routers", 8, 12)
+    adapters, routers, gates = zip(*rates(optimizer, scheduler, 21), strict=True)
+    assert adapters == pytest.approx([1 / 3, 2 / 3] + [1 - step / 6 for step in range(6)] + [0] * 13)
+    assert routers == pytest.approx([0] * 8 + [1 / 4, 2 / 4, 3 / 4] + [1 - step / 9 for step in range(9)] + [0])
+    assert gates == pytest.approx([(step + 1) / 6 for step in range(5)] + [1 - step / 15 for step in range(16)])
+
+
+def test_a_span_acts_at_once_and_a_constant_rate_ends_with_it():
+    optimizer, scheduler = named_schedule(warmup=0, decay="constant")
+    rates(optimizer, scheduler, 3)
+    scheduler.set_span("adapters", 0, 3)
+    scheduler.set_span("routers", 5, 1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0, 0, 1]
+    assert rates(optimizer, scheduler, 4) == [[0, 0, 1], [0, 0, 1], [0, 1, 1], [0, 0, 1]]
+
+
+def test_spans_come_from_the_run_and_not_from_its_checkpoint():
+    optimizer, scheduler = named_schedule(warmup=0)
+    scheduler.set_span("adapters", 0, 4)
+    rates(optimizer, scheduler, 2)
+    other_optimizer, other = named_schedule(warmup=0)
+    other_optimizer.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(scheduler.state_dict())
+    assert other.spans == {}
+    other.set_span("adapters", 0, 8)
+    assert rates(other_optimizer, other, 1) == [[pytest.approx(1 - 2 / 8), *[pytest.approx(1 - 2 / 20)] * 2]]

@@ -110,6 +110,7 @@ def batch_of(
         task_id=torch.arange(len(seqs)) % len(TASKS),
         row_id=[f"row{i}" for i in range(len(seqs))],
         text=[" ".join(map(str, p)) for p in prompts],
+        task_share=torch.bincount(torch.arange(len(seqs)) % len(TASKS))[torch.arange(len(seqs)) % len(TASKS)].float(),
         rows_share=float(len(seqs)),
         tokens_share=float(sum(map(len, answers))),
     )

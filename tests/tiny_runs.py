@@ -52,6 +52,7 @@ ROWS = {
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "TRex": ({"r1": 2, "r2": 3}, {"class_path": "SemanticPriorFit", "init_args": {"n_init": 2}}),
     "MoRE": ({"rank": 4}, {"class_path": "TaskContrast"}),
+    "TTLoRAMoE": ({"rank": 2}, {"class_path": "FreezeThenRoute", "init_args": {"experts_epochs": 1}}),
 }
 
 

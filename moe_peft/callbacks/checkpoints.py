@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -51,10 +52,24 @@ class AdapterCheckpoint(ModelCheckpoint):
         if self.renew_every is not None and trainer.global_step % self.renew_every == 0:
             self._renew_last(trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the best, and renews the last checkpoint also where nothing got better."""
+        super().on_validation_end(trainer, pl_module)
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fitting and self._last_global_step_saved != trainer.global_step:
+            self._renew_last(trainer)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the last checkpoint that of the last step, also where a fit ends between validations."""
         if self._last_global_step_saved != trainer.global_step:
             self._renew_last(trainer)
+
+    def forget_best(self, trainer: Trainer) -> None:
+        """Lets the next validation be the best one: what is monitored means something else than before."""
+        for path in self.best_k_models:
+            self._remove_checkpoint(trainer, path)
+        self.best_k_models, self.kth_best_model_path = {}, ""
+        self.best_model_score, self.best_model_path, self.current_score = None, "", None
 
     def _renew_last(self, trainer: Trainer) -> None:
         if self._renewed_at == trainer.global_step or trainer.fast_dev_run:  # type: ignore[attr-defined]

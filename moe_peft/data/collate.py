@@ -28,17 +28,21 @@ class Collator:
         self.pad_id = pad_id
         self.pack = pack
 
-    def train(self, rows: Sequence[EncodedRow], rows_share: float, tokens_share: float) -> Batch:
+    def train(
+        self, rows: Sequence[EncodedRow], rows_share: float, tokens_share: float, task_share: Sequence[float] = ()
+    ) -> Batch:
         """Makes a training batch: the right answer behind every prompt, or its class or value.
 
         Args:
             rows: B rows.
             rows_share: Rows of the global batch / (ranks x accumulation steps).
             tokens_share: Its answer tokens / (ranks x accumulation steps).
+            task_share: For each of the rows, the global batch's rows of its task / (ranks x accumulation steps).
         """
         batch = self._sequences(rows, None if self.kind == "classifier" else [row.answer for row in rows])
         batch["rows_share"] = rows_share
         batch["tokens_share"] = tokens_share
+        batch["task_share"] = torch.tensor(task_share, dtype=torch.float32)
         if self.kind == "classifier":
             batch["target"] = _targets(rows)
         return batch

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from moe_peft.batch import Batch
 from moe_peft.data.collate import Collator
 from moe_peft.data.encoding import EncodedRow
-from moe_peft.data.sampling import Sampling
+from moe_peft.data.planning import Sampling
 
 
 class MicroBatch(NamedTuple):
@@ -21,6 +21,7 @@ class MicroBatch(NamedTuple):
     rows: list[int]
     rows_share: float
     tokens_share: float
+    task_share: list[float]
 
 
 class MultitaskSampler(Sampler[MicroBatch]):
@@ -105,10 +106,18 @@ class MultitaskSampler(Sampler[MicroBatch]):
         self.resume_at = None
         for index in range(start, len(self)):
             rows = plan[index // self.accumulation]
-            part = index % self.accumulation * self.world_size + self.rank
+            own = rows.reshape(parts, -1)[index % self.accumulation * self.world_size + self.rank]
+            of_task = np.bincount(self._task_of(rows), minlength=len(self.sizes)) / parts
             yield MicroBatch(
-                rows.reshape(parts, -1)[part].tolist(), len(rows) / parts, float(self._tokens[rows].sum()) / parts
+                own.tolist(),
+                len(rows) / parts,
+                float(self._tokens[rows].sum()) / parts,
+                of_task[self._task_of(own)].tolist(),
             )
+
+    def _task_of(self, rows: np.ndarray) -> np.ndarray:
+        """Gives the task of every row number."""
+        return np.searchsorted(np.cumsum(self.sizes), rows, side="right")
 
 
 def check_batch_size(batch_size: int, world_size: int, accumulation: int) -> None:
@@ -137,7 +146,7 @@ class TrainRows(Dataset[Batch]):
     def __getitem__(self, index: MicroBatch) -> Batch:
         """Collates one micro-batch."""
         rows = [self.rows[row] for row in index.rows]
-        return self.collator.train(rows, index.rows_share, index.tokens_share)
+        return self.collator.train(rows, index.rows_share, index.tokens_share, index.task_share)
 
 
 class ResumableLoader(DataLoader[Batch]):

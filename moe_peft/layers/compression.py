@@ -5,6 +5,7 @@ the middle coordinate as a last mode, and what remains of it goes into the outpu
 mode by mode, so the error is the one TT-SVD would make. Shapes: D in, O out, R rank of the update, r_k of the train.
 """
 
+import math
 from collections.abc import Iterable
 
 import tensorly
@@ -33,6 +34,8 @@ def compress(a: Tensor, b: Tensor, layout: Layout, rank: int) -> tuple[list[Tens
     """
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise ValueError("the update to compress holds values that are not finite: export it again from a sound run")
+    if (a.shape[1], b.shape[0], a.shape[0]) != (math.prod(layout.inputs), math.prod(layout.outputs), b.shape[1]):
+        raise ValueError(f"an update of shapes {list(a.shape)} and {list(b.shape)} does not fit modes {layout.modes}")
     ranks, split = layout.ranks(rank), len(layout.inputs)
     wide, right = a.double().mT, b.double()
     out_basis, triangle = torch.linalg.qr(right)
@@ -60,7 +63,7 @@ def relative_error(a: Tensor, b: Tensor, a_given: Tensor, b_given: Tensor) -> fl
 
 def _decompose(tensor: Tensor, ranks: Iterable[int]) -> list[Tensor]:
     """TT-SVD of a tensor at the ranks before its modes, clipped to what its values can fill."""
-    with tensorly.backend_context("pytorch", local_threadsafe=True):
+    with tensorly.backend_context("pytorch", local_threadsafe=True):  # pyright: ignore[reportAttributeAccessIssue]
         return list(tensor_train(tensor, [*ranks, 1]).factors)  # pyright: ignore[reportReturnType]
 
 

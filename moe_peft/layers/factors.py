@@ -111,4 +111,5 @@ class TensorTrainFactors(Factors):
         Only what is chosen is computed; nothing of the size [E, R, D] is.
         """
         cores = list(self.cores) if chosen is None else [core.index_select(0, chosen) for core in self.cores]
-        return fold(cores, self.layout)
+        with torch.autocast(cores[0].device.type, enabled=False):
+            return fold(cores, self.layout)

@@ -4,7 +4,7 @@ A method states how one linear is adapted (`adapt`) and, where it has them, its 
 downloads and no schedules: the backbone brings the model, the data module the tasks, callbacks the schedules.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -14,23 +14,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_peft.backbones import Backbone, Classifier
 from moe_peft.batch import IGNORE_INDEX, Batch
-from moe_peft.checkpoint import check_adapter_state, describe, refuse_foreign
 from moe_peft.context import RoutingContext
 from moe_peft.data.tasks import TaskSpec
+from moe_peft.embedders import Embedder
 from moe_peft.layers.adapted import AdaptedLinear, inject, output_head
 from moe_peft.layers.prior import SemanticPrior
 from moe_peft.layers.representation import Representation
 from moe_peft.methods import merging
 from moe_peft.methods.evaluation import EvaluationSteps
 from moe_peft.methods.heads import TaskHeads
+from moe_peft.methods.saving import AdapterSaving
 from moe_peft.methods.scoring import answer_nll, pooled_features
-from moe_peft.methods.training import TrainingSteps
+from moe_peft.methods.training import LossMean, TrainingSteps
 from moe_peft.optim import LearningRates, WarmupDecay, WeightDecays
-from moe_peft.predictions import Ranking
+from moe_peft.predictions import Prediction, Ranking
 from moe_peft.quirks import contiguous_input, silence_dropout
 
 
-class MultitaskModule(TrainingSteps, EvaluationSteps):
+class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
     """Base of all methods: a frozen backbone, adapted linears, and the multitask loss.
 
     Args:
@@ -43,7 +44,8 @@ class MultitaskModule(TrainingSteps, EvaluationSteps):
             optimizer's.
         weight_decay: weight decay per parameter group where it differs from the optimizer's.
         loss_mean: "row": mean over the global batch's rows of each row's mean answer-token loss; "token": mean over
-            the global batch's answer tokens.
+            the global batch's answer tokens; "task": the sum over tasks of each task's own mean over its rows, so that
+            parameters that belong to one task learn as if it were alone.
         ranking: which option score decides: "sum" of log-likelihoods or "per_char" (divided by the option's length).
         max_new_tokens: length of generated answers.
         train_heads: whether the heads of a classifier backbone learn; false leaves them at their random start.
@@ -63,7 +65,7 @@ class MultitaskModule(TrainingSteps, EvaluationSteps):
         scheduler: LRSchedulerCallable | None = WarmupDecay,
         lr: LearningRates | None = None,
         weight_decay: WeightDecays | None = None,
-        loss_mean: Literal["row", "token"] = "row",
+        loss_mean: LossMean = "row",
         ranking: Ranking = "sum",
         max_new_tokens: int = 16,
         train_heads: bool = True,
@@ -74,7 +76,8 @@ class MultitaskModule(TrainingSteps, EvaluationSteps):
         self.backbone, self.specs, self.targets = backbone, list(tasks), targets
         self.optimizer, self.scheduler = optimizer, scheduler
         self.lr, self.weight_decay = lr or LearningRates(), weight_decay or WeightDecays()
-        self.loss_mean, self.max_new_tokens, self.train_heads = loss_mean, max_new_tokens, train_heads
+        self.loss_mean: LossMean = loss_mean
+        self.max_new_tokens, self.train_heads = max_new_tokens, train_heads
         self.ranking: Ranking = ranking
         self.context = RoutingContext()
         self.adapted: dict[str, AdaptedLinear] = {}
@@ -86,12 +89,19 @@ class MultitaskModule(TrainingSteps, EvaluationSteps):
         self.fingerprint = ""
         self.representation: Representation | None = None
         """What a row's vector was where inputs were drawn to task embeddings (by TaskContrast), else None."""
+        self.route_by_task = False
+        """Whether every row must be served as its own task's, whatever a router would say (exports are compared so)."""
         self.merged_task: int | None = None
         """The task that is merged, where the method's cores depend on the task."""
         # The checkpoint holds adapters only; `load_state_dict` makes its own, stricter check.
         self.strict_loading = False
 
     # ---- what a method defines -------------------------------------------------------------------------------------
+
+    @property
+    def embedder(self) -> Embedder | None:
+        """What the method reads prompts with, if it does; part of a checkpoint's identity."""
+        return None if self.prior is None else self.prior.embedder
 
     def adapt(self, base: nn.Linear, slot: str) -> AdaptedLinear:
         """Builds the adapter of one linear."""
@@ -107,6 +117,10 @@ class MultitaskModule(TrainingSteps, EvaluationSteps):
 
     def routing_notes(self) -> dict[str, str]:
         """Returns what a table of the tested predictions must say of how tasks were routed, by task."""
+        return {}
+
+    def routing_metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Returns numbers to log about where the rows of an evaluation were routed, by name."""
         return {}
 
     def diagnostics(self) -> dict[str, float]:
@@ -197,15 +211,24 @@ class MultitaskModule(TrainingSteps, EvaluationSteps):
         """Returns the task ids [B] that routers see: the rows' own."""
         return batch["task_id"]
 
+    def head_tasks(self, batch: Batch) -> Tensor:
+        """Returns the task ids [B] whose heads answer the rows of a batch in evaluation: the rows' own; -1 for none."""
+        return batch["task_id"]
+
     def begin(self, batch: Batch) -> None:
         """Publishes the batch's routing facts: task ids, and the semantic prior where the method has one."""
         merging.refuse_other_tasks(self, batch)
         key = self.context.begin(batch["input_ids"], batch["attention_mask"])
-        if "task_id" in batch:
-            self.context.put("task_id", self.routed_tasks(batch), key)
+        for name, fact in self.routing_facts(batch).items():
+            self.context.put(name, fact, key)
+
+    def routing_facts(self, batch: Batch) -> dict[str, Tensor]:
+        """Returns what routers may ask of the batch: facts [B, ...] by name."""
+        facts = {"task_id": self.routed_tasks(batch)} if "task_id" in batch else {}
         wanted = self.prior is not None and self.context.enabled
         if self.prior is not None and wanted and (self.prior.fitted or self.missing_prior == "error"):
-            self.context.put("prior", self.prior(batch), key)
+            facts["prior"] = self.prior(batch)
+        return facts
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns the row losses [B] (fp32): mean answer-token loss, or the head's loss."""
@@ -222,34 +245,6 @@ class MultitaskModule(TrainingSteps, EvaluationSteps):
         nll = answer_nll(self.backbone, model, batch)
         tokens = (batch["labels"] != IGNORE_INDEX).sum(1)
         return nll.sum(1) / tokens, nll.sum(1)
-
-    # ---- checkpoint --------------------------------------------------------------------------------------------------
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        """Returns what a checkpoint holds: adapters, routers, heads and priors; never the backbone."""
-        return {name: value for name, value in self.state_dict().items() if not self.belongs_to_base(name)}
-
-    def belongs_to_base(self, name: str) -> bool:
-        """Whether a parameter or buffer of that name is the frozen backbone's."""
-        return name.startswith("model.") and ".factors." not in name and ".router." not in name
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves the frozen base out and adds what is needed to refuse a wrong one."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: value for name, value in state.items() if not self.belongs_to_base(name)}
-        checkpoint["moe_peft"] = describe(self)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another method, base or task list."""
-        self.configure_model()
-        refuse_foreign(checkpoint, describe(self))
-
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads adapters; missing, unexpected or misshapen tensors are an error whatever `strict` says."""
-        if merging.merged_layers(self):
-            raise ValueError("loading adapters into a merged model would not move it: call unmerge() first")
-        check_adapter_state(self.adapter_state(), state_dict)
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def trainable_parameters(self) -> int:
         """Counts trainable numbers."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe_peft.batch import Batch
 from moe_peft.data.tasks import TaskSpec
+from moe_peft.methods.heads import as_own_answer
 from moe_peft.methods.scoring import generate_text, option_scores, pooled_features
 from moe_peft.methods.training import Part
 from moe_peft.metrics import score_row
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from moe_peft.methods.base import MultitaskModule
 
 ROUTED_AS = "as_task/"
-"""In a prediction's routing: the known task that a row of an unknown one was routed as."""
+"""In a prediction's routing: the task that a row was routed as, where that is not its own."""
+NOBODY = "none"
+"""Instead of a task, where no expert was good enough for a row."""
 NUMBER = re.compile(r"[-+]?\d*\.?\d+")
 
 
@@ -94,8 +97,8 @@ class EvaluationSteps(Part):
         for name, score in scores.items():
             values = {score.metric: score.value, **score.beside}
             self.log_dict({f"{stage}/{name}/{metric}": value for metric, value in values.items()})
-        for name, shares in routed_shares(self._module().specs, predictions).items():
-            self.log_dict({f"{stage}/unknown/{name}/{known}": share for known, share in shares.items()})
+        routing = self._module().routing_metrics(predictions)
+        self.log_dict({f"{stage}/{name}": value for name, value in routing.items()})
         self.log(f"{stage}/mean", sum(score.value for score in scores.values()) / len(scores), prog_bar=True)
 
 
@@ -117,7 +120,7 @@ def predict_rows(module: "MultitaskModule", batch: Batch) -> list[Prediction]:
     texts: list[str | None] = [None] * len(rows)
     if module.heads is not None:
         features = pooled_features(module.backbone, model, batch)  # type: ignore[arg-type]
-        options = module.heads.scores(features, batch["task_id"])
+        options = head_answers(module, features, batch)
     elif module.specs[int(batch["task_id"][0])].has_options:
         options = option_scores(module.backbone, model, batch)
     else:
@@ -130,6 +133,18 @@ def predict_rows(module: "MultitaskModule", batch: Batch) -> list[Prediction]:
         as_prediction(module, batch["row_id"][at], task_ids[at], row, scores, text, summary)
         for at, row, scores, text, summary in zip(first, rows, options, texts, routing, strict=True)
     ]
+
+
+def head_answers(module: "MultitaskModule", features: Tensor, batch: Batch) -> list[list[float]]:
+    """Returns scores of each row's own classes, whichever task's head answers it."""
+    assert module.heads is not None
+    heads = module.head_tasks(batch)
+    answers = module.heads.scores(features, heads)
+    for at, (own, other) in enumerate(zip(batch["task_id"].tolist(), heads.tolist(), strict=True)):
+        if own != other:
+            spec, label = module.specs[own], batch["rows"][at].get("label")
+            answers[at] = as_own_answer(spec, module.specs[other] if other >= 0 else None, answers[at], label)
+    return answers
 
 
 def as_prediction(
@@ -164,7 +179,7 @@ def as_prediction(
 def routing_summary(module: "MultitaskModule", batch: Batch, first: list[int]) -> list[dict[str, float] | None]:
     """Mean routing weight of every expert over a row's real tokens and all layers, where routing was recorded.
 
-    A row of an unknown task says in any case which known task it was routed as.
+    A row that was routed as another task says in any case which one.
 
     Args:
         module: its context holds the records of the batch's forward.
@@ -206,3 +221,13 @@ def routed_shares(specs: Sequence[TaskSpec], predictions: Sequence[Prediction]) 
             if name.startswith(ROUTED_AS):
                 counts.setdefault(specs[prediction.task].name, Counter())[name.removeprefix(ROUTED_AS)] += 1
     return {task: {name: count / own.total() for name, count in sorted(own.items())} for task, own in counts.items()}
+
+
+def confusion(specs: Sequence[TaskSpec], predictions: Sequence[Prediction]) -> dict[str, Counter[str]]:
+    """Counts for every task how many of its rows were routed as which task: {task: {routed as: rows}}."""
+    table: dict[str, Counter[str]] = {spec.name: Counter() for spec in specs}
+    for prediction in predictions:
+        own = specs[prediction.task].name
+        others = [name for name in prediction.routing or {} if name.startswith(ROUTED_AS)]
+        table[own][others[0].removeprefix(ROUTED_AS) if others else own] += 1
+    return table

@@ -10,6 +10,9 @@ from torch.nn.functional import cross_entropy
 
 from moe_peft.data.tasks import TaskSpec
 
+NEVER = -1e9
+"""Score of a class that a head does not know; finite, so that files of predictions are JSON for every reader."""
+
 
 def outputs_of(task: TaskSpec) -> int:
     """Returns how many outputs a task's head has."""
@@ -63,9 +66,33 @@ class TaskHeads(nn.Module):
         return torch.where(is_value, (value - target.float()) ** 2, cross_entropy(logits, chosen, reduction="none"))
 
     def scores(self, features: Tensor, task_id: Tensor) -> list[list[float]]:
-        """Returns for each row its task's own outputs (log-probabilities, or the value)."""
+        """Returns for each row a task's own outputs (log-probabilities, or the value); none for task -1."""
         rows = []
         for row, task in zip(self(features, task_id), task_id.tolist(), strict=True):
+            if task < 0:
+                rows.append([])
+                continue
             own = row[sum(self.outputs[:task]) :][: self.outputs[task]]
             rows.append((own if self.regression[task] else own.log_softmax(0)).tolist())
         return rows
+
+
+def as_own_answer(own: TaskSpec, other: TaskSpec | None, scores: list[float], label: int | None) -> list[float]:
+    """Returns what another task's head said of a row as scores of the row's own classes.
+
+    Classes are matched by name. A row whose best class is none of its own, or that no head answered, is an error: a
+    class other than the right one wins. So a wrong expert costs what it costs a user, and no loss is infinite.
+
+    Args:
+        own: the row's task.
+        other: whose head answered; None: no head did.
+        scores: that head's outputs.
+        label: the right class; without it such a row has no answer.
+    """
+    if own.kind != "classification":
+        return []
+    if other is not None and other.kind == "classification":
+        named = dict(zip(other.choices, scores, strict=True))
+        if max(named, key=named.__getitem__) in own.choices:
+            return [named.get(choice, NEVER) for choice in own.choices]
+    return [] if label is None else [NEVER if index == label else 0.0 for index in range(len(own.choices))]

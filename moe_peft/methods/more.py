@@ -7,7 +7,7 @@ embedding (`layers.rank_selector`). The ranks depend on the task alone, so a tas
 an ordinary LoRA. Differences from the official code, which never trains its gate: see the README.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +26,9 @@ from moe_peft.layers.rank_selector import (
     rank_selectors,
 )
 from moe_peft.methods.base import MultitaskModule
+from moe_peft.methods.evaluation import routed_shares
 from moe_peft.methods.unknown_tasks import UnknownTask, UnknownTasks
+from moe_peft.predictions import Prediction
 
 
 class MoRE(MultitaskModule):
@@ -139,6 +141,11 @@ class MoRE(MultitaskModule):
     def routing_notes(self) -> dict[str, str]:
         """Returns how the tested rows of unknown tasks were routed."""
         return self.unknown.notes(self.specs, self.predictions["model"])
+
+    def routing_metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Returns which share of an unknown task's rows was routed as which known task."""
+        shares = routed_shares(self.specs, predictions)
+        return {f"unknown/{task}/{known}": share for task, own in shares.items() for known, share in own.items()}
 
     def mergeable_task(self, task: str | int) -> int:
         """Refuses a task whose rows go each to its nearest known task."""

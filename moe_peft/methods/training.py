@@ -1,16 +1,19 @@
 """The training half of a method: one step's loss out of all its terms, one optimizer with named groups."""
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from moe_peft.batch import Batch
-from moe_peft.optim import WarmupDecay, optimizer_groups
+from moe_peft.optim import WarmupDecay, optimizer_groups, parameter_groups
 
 if TYPE_CHECKING:
     from moe_peft.methods.base import MultitaskModule
+
+LossMean = Literal["row", "token", "task"]
+"""Over what the task loss is averaged (see `MultitaskModule`)."""
 
 
 class LossTerms(Protocol):
@@ -31,25 +34,31 @@ class Part(LightningModule):
 class TrainingSteps(Part):
     """The training half of `MultitaskModule`."""
 
+    closed_groups: frozenset[str] = frozenset()
+    """Parameter groups that the present stage of training leaves as they are (a callback sets it; see `GROUPS`)."""
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Task loss plus every term of the method and of the callbacks; each is logged as `train/<name>`."""
         module = self._module()
         module.begin(batch)
-        means, sums = module.row_losses(batch)
-        by_row = module.loss_mean == "row"
-        task_loss = means.sum() / batch["rows_share"] if by_row else sums.sum() / batch["tokens_share"]
-        terms = module.method_loss_terms(batch)
+        terms = module.step_losses(batch)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "loss_terms"):
                 terms |= callback.loss_terms(module, batch)
-        loss = task_loss + sum(terms.values())
+        loss: Tensor = sum(terms.values(), start=torch.zeros((), device=batch["input_ids"].device))
+        loss = loss + untouched(module, self.closed_groups)
         if not torch.isfinite(loss):
             raise ValueError(f"the loss is {loss.item()} at step {self.global_step}; rows {', '.join(batch['row_id'])}")
-        parts = {"task_loss": task_loss, **terms} if terms else {}
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(means), sync_dist=True)
-        for name, part in parts.items():
-            self.log(f"train/{name}", part.detach(), batch_size=len(means), sync_dist=True)
+        rows = len(batch["row_id"])
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=rows, sync_dist=True)
+        for name, part in terms.items() if len(terms) > 1 else ():
+            self.log(f"train/{name}", part.detach(), batch_size=rows, sync_dist=True)
         return loss
+
+    def step_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Returns the named, weighted losses of a training batch that has begun: the task loss and the method's own."""
+        module = self._module()
+        return {"task_loss": task_loss(module, batch)} | module.method_loss_terms(batch)
 
     def configure_optimizers(self) -> Any:
         """One optimizer with the named groups of `moe_peft.optim`, one schedule stepped every optimizer step."""
@@ -61,3 +70,25 @@ class TrainingSteps(Part):
         if isinstance(scheduler, WarmupDecay):
             scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def task_loss(module: "MultitaskModule", batch: Batch) -> Tensor:
+    """Returns this rank's share of the task loss, which the gradient's mean over ranks and accumulation makes whole."""
+    means, sums = module.row_losses(batch)
+    if module.loss_mean == "row":
+        return means.sum() / batch["rows_share"]
+    if module.loss_mean == "token":
+        return sums.sum() / batch["tokens_share"]
+    return (means / batch["task_share"]).sum()
+
+
+def untouched(module: "MultitaskModule", closed: frozenset[str]) -> Tensor | float:
+    """Returns zero, out of every parameter of the closed groups: data-parallel training wants each in every step."""
+    groups = parameter_groups(module)
+    parameters = [parameter for name in closed for parameter in groups.get(name, ())]
+    return 0.0 * sum(local(parameter).sum() for parameter in parameters) if parameters else 0.0
+
+
+def local(parameter: Tensor) -> Tensor:
+    """Returns this rank's shard of a parameter: the parameter itself, unless it is sharded."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[operator]

@@ -28,6 +28,12 @@ def test_causal_training_batch_by_hand():
     assert batch["row_id"] == ["toy/a", "toy/b"] and batch["text"] == ["text a", "text b"]
 
 
+@pytest.mark.parametrize("kind", ["causal", "seq2seq", "classifier"])
+def test_task_shares_stay_with_their_rows(kind):
+    batch = Collator(kind, PAD).train([SHORT, LONG], 2.0, 2.0, [0.5, 1.5])
+    assert batch["task_share"].tolist() == [0.5, 1.5] and batch["task_share"].dtype == torch.float32
+
+
 def test_seq2seq_training_batch_by_hand():
     batch = Collator("seq2seq", PAD).train([SHORT, LONG], 2.0, 6.0)
     assert batch["input_ids"].tolist() == [[5, 9, 9], [1, 2, 3]]

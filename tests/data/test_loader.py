@@ -1,7 +1,7 @@
 import pytest
 
 from moe_peft.data.loader import MultitaskSampler, ResumableLoader
-from moe_peft.data.sampling import Proportional, Uniform
+from moe_peft.data.sampling import EqualRows, Proportional, Uniform
 
 SIZES = [40, 25]
 TOKENS = [1 + row % 12 for row in range(65)]
@@ -37,6 +37,23 @@ def test_shares_are_those_of_the_global_batch(world_size, accumulation):
             rows = whole[index // accumulation].rows
             assert micro.rows_share == 16 / parts
             assert micro.tokens_share == sum(TOKENS[row] for row in rows) / parts
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 4), (2, 1), (2, 4)])
+@pytest.mark.parametrize("rule", [Proportional(), EqualRows()], ids=["unequal", "equal"])
+def test_task_shares_are_those_of_the_global_batch(rule, world_size, accumulation):
+    whole = list(sampler(rule))
+    for rank in range(world_size):
+        for index, micro in enumerate(sampler(rule, world_size=world_size, rank=rank, accumulation=accumulation)):
+            of_b = sum(row >= 40 for row in whole[index // accumulation].rows)
+            expected = [(of_b if row >= 40 else 16 - of_b) / (world_size * accumulation) for row in micro.rows]
+            assert micro.task_share == expected
+            assert isinstance(rule, Proportional) or set(expected) == {8 / (world_size * accumulation)}
+
+
+def test_task_shares_hold_where_a_task_has_no_rows():
+    empty = MultitaskSampler(Proportional(), ["a", "none", "b"], [40, 0, 25], TOKENS, 16, seed=3)
+    assert [micro.task_share for micro in empty] == [micro.task_share for micro in sampler()]
 
 
 def test_length_counts_micro_batches():

@@ -3,6 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from moe_peft.data.planning import Sampling
 from moe_peft.data.sampling import (
     EqualRows,
     ExponentialShare,
@@ -146,6 +147,13 @@ def test_equal_rows_in_every_batch():
 def test_equal_rows_names_the_sizes_that_work():
     with pytest.raises(ValueError, match="batch_size=16.*3 tasks; use 15 or 18"):
         plan(EqualRows(), batch_size=16)
+
+
+def test_rules_keep_their_class_paths():
+    """Configurations name them."""
+    for rule in (*ALL, Sampling()):
+        path = "moe_peft.data.planning" if type(rule) is Sampling else "moe_peft.data.sampling"
+        assert type(rule).__module__ == path
 
 
 @pytest.mark.parametrize("weights", [{"a": 1, "b": 1}, {"a": 1, "b": 1, "d": 1}])

@@ -1,0 +1,231 @@
+"""TT-LoRA MoE (arXiv 2504.21190): one tensor-train expert per task, frozen, then routed.
+
+    y_b = W0 x_b + α ΔW_e(b) x_b,   e(b) = argmax router(feature of the frozen base for row b)
+
+Experts learn from the rows of their own tasks, the router from which task a row is of: since its features come from
+the frozen base and its choice is one-hot, neither learns from the other. The `FreezeThenRoute` callback trains them one
+after the other; without it they learn side by side. One choice per row serves all layers, at every token.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from moe_peft.batch import Batch
+from moe_peft.embedders import Embedder, HiddenStates
+from moe_peft.embedders.base import exact
+from moe_peft.layers.expert_cache import ExpertCache
+from moe_peft.layers.expert_router import ExpertRouter
+from moe_peft.layers.experts import ExpertLinear
+from moe_peft.layers.factors import TensorTrainFactors, TrainInit
+from moe_peft.methods.base import MultitaskModule
+from moe_peft.methods.evaluation import NOBODY, confusion
+from moe_peft.methods.expert_clipping import clip_per_expert
+from moe_peft.methods.training import LossMean
+from moe_peft.methods.tt_lora import Shapes, check_shapes, layout_for
+from moe_peft.predictions import Prediction
+
+MEGABYTE = 2**20
+
+
+class TTLoRAMoE(MultitaskModule):
+    """One tensor-train expert per task and a router that picks one per row.
+
+    Args:
+        rank: r of every expert, at all inner bonds.
+        alpha: α, the scale of the update.
+        dropout: on the experts' input.
+        shapes: modes by size of linear (see `TTLoRA`).
+        init: how experts start, "zero" or "official".
+        features: what the router reads of a prompt; default: the last hidden state of the frozen base, at the last
+            token of a decoder and averaged over tokens otherwise, kept in memory (`HiddenStates` with keep).
+        normalise: bring features to mean 0 and variance 1 before the router.
+        noise: let the router's scores be noisy in training.
+        router_weight: weight of the router's cross-entropy.
+        straight_through: while the router learns and the experts are frozen, send the rows to the chosen experts, and
+            let the task loss reach the router through the chosen one's probability.
+        routing: of test and predict, "learned" by the router, or "oracle": every row goes to its own task's expert;
+            "auto" is learned once the router was trained. A fit validates what its stage trains.
+        cache_megabytes: memory for folded experts where nothing learns.
+        loss_mean: see `MultitaskModule`; any other than "task" couples the experts.
+        common: the arguments of `MultitaskModule`.
+    """
+
+    default_rates: ClassVar[Mapping[str, float]] = {"routers": 1e-3}
+    router_trained: Tensor
+    """[] bool: whether the router has made a step."""
+
+    def __init__(
+        self,
+        rank: int = 5,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        shapes: Shapes | None = None,
+        init: TrainInit = "zero",
+        features: Embedder | None = None,
+        normalise: bool = True,
+        noise: bool = True,
+        router_weight: float = 21.0,
+        straight_through: bool = False,
+        routing: Literal["auto", "learned", "oracle"] = "auto",
+        cache_megabytes: int = 512,
+        loss_mean: LossMean = "task",
+        **common: Any,
+    ) -> None:
+        super().__init__(loss_mean=loss_mean, **common)
+        check_shapes(shapes or {})
+        if router_weight <= 0:
+            raise ValueError(f"router_weight: {router_weight} leaves the router without a loss; give more than 0")
+        self.rank, self.alpha, self.dropout, self.shapes = rank, alpha, dropout, shapes or {}
+        self.init: TrainInit = init
+        self.features = features or HiddenStates(None, "auto", keep=True)
+        self.normalise, self.noise, self.router_weight = normalise, noise, router_weight
+        self.straight_through, self.routing, self.cache_megabytes = straight_through, routing, cache_megabytes
+        self.router: ExpertRouter | None = None
+        self.cache: ExpertCache | None = None
+        self._scores: Tensor | None = None
+
+    # ---- building ---------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Builds as every method, then the router on the features' width."""
+        if self.model is not None:
+            return
+        super().configure_model()
+        self.features.bind(self.backbone, self.built(), self.context)
+        device = self.features.center.device
+        self.router = ExpertRouter(len(self.features.center), len(self.specs), self.normalise, self.noise, device)
+        self.register_buffer("router_trained", torch.zeros((), dtype=torch.bool, device=device))
+        self.router.train(self.training)
+        self.cache = ExpertCache(self.expert_layers(), self.cache_megabytes * MEGABYTE)
+
+    def adapt(self, base: nn.Linear, slot: str) -> ExpertLinear:
+        """One expert per task, stacked."""
+        layout = layout_for(base, self.shapes)
+        factors = TensorTrainFactors(layout, self.rank, self.init, len(self.specs), base.weight.device)
+        return ExpertLinear(base, factors, self.alpha, self.dropout, self.context, slot)
+
+    def expert_layers(self) -> list[ExpertLinear]:
+        """Lists the adapted linears."""
+        return [layer for layer in self.adapted.values() if isinstance(layer, ExpertLinear)]
+
+    @property
+    def embedder(self) -> Embedder:
+        """What the router reads prompts with."""
+        return self.features
+
+    # ---- routing ----------------------------------------------------------------------------------------------------
+
+    @property
+    def routes(self) -> bool:
+        """Whether rows go where the router sends them, rather than to their own tasks' experts."""
+        if self.merged_task is not None or self.route_by_task:
+            return False
+        if self.training:
+            return self.straight_through and "adapters" in self.closed_groups
+        if self.closed_groups:  # validation within a stage rates what the stage trains
+            return "routers" not in self.closed_groups
+        return self.routing == "learned" or (self.routing == "auto" and bool(self.router_trained))
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Returns the router's scores [B, E] of the batch's prompts."""
+        assert self.router is not None
+        with exact(self.features.center.device):
+            features = self.features.raw(batch)
+        return self.router(features)
+
+    def routed_tasks(self, batch: Batch) -> Tensor:
+        """Returns the expert [B] that serves each row.
+
+        Raises:
+            ValueError: the router was asked for and never trained, or a task id that there is not.
+        """
+        own, experts = batch["task_id"], len(self.specs)
+        if not self.context.enabled:
+            return own
+        if own.min() < 0 or own.max() >= experts:
+            wrong = next(task for task in own.tolist() if not 0 <= task < experts)
+            raise ValueError(f"task_id: {wrong} is no task; the {experts} tasks are 0..{experts - 1}")
+        if not self.routes:
+            return own
+        if not (self.training or self.router_trained):
+            raise ValueError("routing: the router was never trained; train it first, or use routing: oracle")
+        self._scores = self.scores(batch)
+        return self._scores.argmax(-1)
+
+    def head_tasks(self, batch: Batch) -> Tensor:
+        """The chosen expert's head answers."""
+        chosen = self.context.get("task_id", len(batch["row_id"]))
+        return batch["task_id"] if chosen is None else chosen
+
+    def routing_facts(self, batch: Batch) -> dict[str, Tensor]:
+        """Adds to each row's expert its weight, where it has a gradient, or its line in the table of folded experts."""
+        self._scores = None
+        facts = super().routing_facts(batch)
+        if not self.context.enabled or "task_id" not in facts:
+            return facts
+        if self.training and self._scores is not None:
+            chosen = self._scores.softmax(-1).gather(1, facts["task_id"].unsqueeze(1)).squeeze(1)
+            facts["weight"] = 1 + (chosen - chosen.detach())  # exactly 1
+        assert self.cache is not None
+        # None where gradients are on too: all is forgotten there.
+        line = None if self.merged_task is not None else self.cache.lines(facts["task_id"])
+        return facts if line is None else facts | {"line": line}
+
+    def task_of_row(self, row: int) -> str:
+        """Names an expert; -1 is none of them."""
+        return NOBODY if row < 0 else self.specs[row].name
+
+    def routing_metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Returns the router's accuracy over all rows, and for every task the share of its rows that it got right."""
+        if not self.routes:
+            return {}
+        table = confusion(self.specs, predictions)
+        right = {name: own[name] / own.total() for name, own in table.items() if own}
+        rows = sum(own.total() for own in table.values())
+        hits = sum(own[name] for name, own in table.items())
+        return {"router/accuracy": hits / rows} | {f"router/{name}": share for name, share in right.items()}
+
+    def routing_notes(self) -> dict[str, str]:
+        """Returns how the tested rows found their experts."""
+        if not self.routes:
+            return {spec.name: "every row went to its own task's expert" for spec in self.specs}
+        shares = self.routing_metrics(self.predictions["model"]).items()
+        found = {name.removeprefix("router/"): f"the router found {share:.1%} of its rows" for name, share in shares}
+        return {spec.name: found[spec.name] for spec in self.specs if spec.name in found}
+
+    # ---- losses -----------------------------------------------------------------------------------------------------
+
+    def step_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The task loss unless only the router learns, whose choice it cannot reach, and the router's own loss."""
+        if "adapters" in self.closed_groups and not self.straight_through:
+            return self.method_loss_terms(batch)
+        return super().step_losses(batch)
+
+    def method_loss_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy of the router's scores with the rows' own tasks, averaged over the global batch's rows."""
+        if "routers" in self.closed_groups:
+            return {}
+        scores, self._scores = self.scores(batch) if self._scores is None else self._scores, None
+        loss = cross_entropy(scores, batch["task_id"], reduction="sum") / batch["rows_share"]
+        if self.training:
+            self.router_trained.fill_(True)
+        return {"router_loss": self.router_weight * loss}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips each expert (its cores and its head) by its own norm, and the router by its own.
+
+        One common norm would couple the experts: each would learn otherwise than alone.
+        """
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            clip_per_expert(self, float(gradient_clip_val))
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
