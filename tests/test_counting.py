@@ -68,6 +68,13 @@ def test_one_tensor_train_expert_counts_what_its_paper_counts(method, base, para
     assert (counts["base"], counts["trainable"], counts["factors"]) == (parameters, trainable, trainable)
 
 
+@pytest.mark.parametrize("tasks, router", [(6, 24_582), (17, 69_649)])
+def test_a_router_of_whole_inputs_counts_what_its_paper_counts(tasks, router):
+    files = [f"--config={ROOT}/configs/{part}.yaml" for part in ("paper/tt-lora-moe", "bases/llama3.2-1b")]
+    counts = counts_of(*files, tasks=tasks)
+    assert (counts["router"], counts["factors"]) == (router, tasks * 33_920)
+
+
 @pytest.mark.parametrize(
     "base, linears, parts, per_task",
     [
