@@ -53,16 +53,21 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._renew_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the best, and renews the last checkpoint also where nothing got better."""
+        """Saves the best, then renews the last checkpoint also where nothing got better."""
         super().on_validation_end(trainer, pl_module)
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if fitting and self._last_global_step_saved != trainer.global_step:
-            self._renew_last(trainer)
+        if fitting and not self._should_save_on_train_epoch_end(trainer):
+            self._renew_unless_saved(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Does the same where Lightning puts off a validation's saving until the epoch ends."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._should_save_on_train_epoch_end(trainer):
+            self._renew_unless_saved(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the last checkpoint that of the last step, also where a fit ends between validations."""
-        if self._last_global_step_saved != trainer.global_step:
-            self._renew_last(trainer)
+        self._renew_unless_saved(trainer)
 
     def forget_best(self, trainer: Trainer) -> None:
         """Lets the next validation be the best one: what is monitored means something else than before."""
@@ -70,6 +75,10 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._remove_checkpoint(trainer, path)
         self.best_k_models, self.kth_best_model_path = {}, ""
         self.best_model_score, self.best_model_path, self.current_score = None, "", None
+
+    def _renew_unless_saved(self, trainer: Trainer) -> None:
+        if self._last_global_step_saved != trainer.global_step:
+            self._renew_last(trainer)
 
     def _renew_last(self, trainer: Trainer) -> None:
         if self._renewed_at == trainer.global_step or trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -127,10 +127,10 @@ def test_an_error_midway_leaves_nothing_merged(monkeypatch):
     last = list(module.adapted.values())[-1]
     merge = AdaptedLinear.merge
 
-    def fails(layer, core=None):
+    def fails(layer, core=None, task=0):
         if layer is last:
             raise MemoryError("no room")
-        merge(layer, core)
+        merge(layer, core, task)
 
     monkeypatch.setattr(AdaptedLinear, "merge", fails)
     with pytest.raises(MemoryError):
