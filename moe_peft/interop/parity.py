@@ -75,14 +75,16 @@ def parity(module: MultitaskModule, folder: str | Path, task: str | int, rows: l
     device = next(module.built().parameters()).device
     differences, sizes = [], []
     module.route_by_task = True
-    for row in rows:
-        ids = row.to(device)
-        mask, task_id = torch.ones_like(ids), torch.tensor([number], device=device)
-        module.begin(Batch(input_ids=ids, attention_mask=mask, task_id=task_id))  # type: ignore[typeddict-item]
-        own = _output(module, module.built(), ids, mask)
-        differences.append((_output(module, model, row, mask.to(row.device)) - own).abs().max())
-        sizes.append(own.abs().max())
-    module.route_by_task = False
+    try:
+        for row in rows:
+            ids = row.to(device)
+            mask, task_id = torch.ones_like(ids), torch.tensor([number], device=device)
+            module.begin(Batch(input_ids=ids, attention_mask=mask, task_id=task_id))  # type: ignore[typeddict-item]
+            own = _output(module, module.built(), ids, mask)
+            differences.append((_output(module, model, row, mask.to(row.device)) - own).abs().max())
+            sizes.append(own.abs().max())
+    finally:
+        module.route_by_task = False
     # Tensors' maxima, which keep a NaN.
     difference, largest = torch.stack(differences).max().item(), torch.stack(sizes).max().item()
     return Parity(difference, largest, TOLERANCE[module.backbone.dtype], reader)
