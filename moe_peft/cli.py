@@ -29,6 +29,7 @@ from moe_peft.callbacks.progress import PlainProgress
 from moe_peft.callbacks.resume import ExactResume
 from moe_peft.checkpoint import LOCATION, TRAINING, conflicts, read_checkpoint
 from moe_peft.data import module as data_module
+from moe_peft.layers import closed_form_router, expert_router
 from moe_peft.loggers import MetricsCSV
 from moe_peft.messages import one_line
 from moe_peft.methods import lora, more, trex, tt_lora, tt_lora_moe
@@ -37,7 +38,7 @@ from moe_peft.methods.base import MultitaskModule
 # Imported so that their classes are known to the configuration by bare name.
 CALLBACKS = (ablation, confusion, freeze_then_route, rank_report, semantic_prior, task_contrast, transfer)
 METHODS = (lora, more, trex, tt_lora, tt_lora_moe)
-NAMED = (backbones, embedders, *CALLBACKS, *METHODS)
+NAMED = (backbones, embedders, closed_form_router, expert_router, *CALLBACKS, *METHODS)
 # Precisions that cast the whole module, adapters included.
 HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 

@@ -1,11 +1,21 @@
 """What a configuration may not say: one line that names the argument, the value and what is allowed."""
 
+import inspect
+
 import pytest
 
+from moe_peft.counting import model_parser
 from moe_peft.messages import arguments_of, one_line
+from moe_peft.methods.base import MultitaskModule
+from moe_peft.methods.lora import LoRA
+from moe_peft.methods.more import MoRE
 from moe_peft.methods.trex import TRex
+from moe_peft.methods.tt_lora import TTLoRA
+from moe_peft.methods.tt_lora_moe import TTLoRAMoE
+from tests.tiny import TASKS
 from tests.tiny_runs import one_error, refused, world  # noqa: F401  (fixtures)
 
+METHODS = [LoRA, MoRE, TRex, TTLoRA, TTLoRAMoE]
 WRONG = {
     "argument": ({"model": {"rnak": 3}}, "model: TRex has no argument 'rnak'; it has r1, r2, mode"),
     "backbone's argument": (
@@ -120,3 +130,18 @@ def test_arguments_of_a_method_are_its_own_and_its_bases():
     names = arguments_of(TRex)
     assert {"r1", "gate_slope", "backbone", "loss_mean"} <= set(names)
     assert not {"self", "common", "tasks"} & set(names)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+def test_a_method_repeats_no_shared_argument_with_another_default(method):
+    """A configuration whose first file names no method gets the base class's defaults, and keeps them."""
+    shared, own = (inspect.signature(kind.__init__).parameters for kind in (MultitaskModule, method))
+    assert all(own[name].default == shared[name].default for name in own.keys() & shared.keys())
+
+
+def test_the_order_of_files_does_not_change_a_methods_own_mean():
+    files = ("bases/minilm-l6.yaml", "classify-tt-lora-moe.yaml")
+    for order in (files, files[::-1]):
+        config = model_parser().parse_args([word for file in order for word in ("--config", f"configs/{file}")])
+        config.model.init_args["tasks"] = TASKS
+        assert model_parser().instantiate_classes(config)["model"].loss_mean == "task"

@@ -1,12 +1,13 @@
-"""The router of TT-LoRA MoE: one expert per input, for all layers (arXiv 2504.21190; figure and official code).
+"""Routers of TT-LoRA MoE: one expert per input, for all layers (arXiv 2504.21190; figure and official code).
 
-    z = W f,   z~ = z + ε softplus(V f + c),   ε ~ N(0, 1) while training only
-    e = argmax z~
+    e = argmax z(f)          f: a feature of the frozen base for the row
 
-f is a feature of the frozen base, so the router learns from the cross-entropy with the row's own expert alone: a
-one-hot choice has no gradient. The official code adds its noise at test time too.
+A one-hot choice has no gradient, so a router learns from which expert a row belongs to and from nothing else. The
+linear one, here, does so by gradient; the closed-form ones (see `closed_form_router`) by sums over rows.
 Shapes: B rows, d features, E experts.
 """
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,37 +15,120 @@ from torch.nn import functional
 
 
 class ExpertRouter(nn.Module):
-    """Scores every expert for every row.
+    """Base of all routers; a subclass gives `build`, `scores` and `add`, and says how it learns.
 
     Args:
-        width: d.
-        experts: E.
         normalise: bring every feature vector to mean 0 and variance 1 first, so that one learning rate suits all
             backbones; the official code does not.
-        noise: add the learned noise while training.
-        device: where to create the parameters.
     """
 
-    def __init__(
-        self,
-        width: int,
-        experts: int,
-        normalise: bool = True,
-        noise: bool = True,
-        device: torch.device | str | None = None,
-    ) -> None:
+    learns_by_gradient: ClassVar[bool] = False
+    """Whether the scores' cross-entropy trains it; otherwise it has `observe`."""
+    per_expert: ClassVar[tuple[str, ...]] = ()
+    """Names of the tensors that hold one row per expert."""
+
+    def __init__(self, normalise: bool = True) -> None:
         super().__init__()
         self.normalise = normalise
-        self.gate = nn.Linear(width, experts, bias=False, device=device, dtype=torch.float32)
-        self.noise = nn.Linear(width, experts, device=device, dtype=torch.float32) if noise else None
+
+    def build(self, width: int, experts: int, device: torch.device | str | None = None) -> None:
+        """Creates parameters and buffers.
+
+        Args:
+            width: d.
+            experts: E.
+            device: where.
+        """
+        raise NotImplementedError
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Returns [B, E] of prepared features [B, d]; the largest one's expert serves the row."""
+        raise NotImplementedError
+
+    def add(self, new: int, features: Tensor, experts: Tensor) -> None:
+        """Learns one more expert, whose rows are still zero.
+
+        Args:
+            new: the expert.
+            features: [n, d], of rows of all experts.
+            experts: [n], which expert each belongs to.
+        """
+        raise NotImplementedError
+
+    def confidence(self, scores: Tensor) -> Tensor:
+        """Returns [B], how sure the router is that a row belongs to any expert, from its scores [B, E]."""
+        return scores.amax(-1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Returns scores [B, E] of features [B, d], in fp32 also under autocast; noisy in training."""
+        """Returns scores [B, E] of features [B, d], in fp32 also under autocast."""
         with torch.autocast(features.device.type, enabled=False):
-            features = features.float()
-            if self.normalise:
-                features = functional.layer_norm(features, features.shape[-1:])
-            scores = self.gate(features)
-            if self.training and self.noise is not None:
-                scores = scores + torch.randn_like(scores) * functional.softplus(self.noise(features))
-            return scores
+            return self.scores(self.prepare(features))
+
+    def prepare(self, features: Tensor) -> Tensor:
+        """Returns features [B, d] in fp32, normalised where asked."""
+        features = features.float()
+        return functional.layer_norm(features, features.shape[-1:]) if self.normalise else features
+
+
+class LinearRouter(ExpertRouter):
+    """A linear map, trained by gradient; its scores are noisy in training.
+
+        z = W f,   z~ = z + ε softplus(V f + c),   ε ~ N(0, 1)
+
+    The official code adds its noise at test time too, and reads it from the mean over all positions.
+
+    Args:
+        normalise: see `ExpertRouter`.
+        noise: add the learned noise while training.
+    """
+
+    learns_by_gradient = True
+    per_expert = ("gate.weight", "noise.weight", "noise.bias")
+
+    def __init__(self, normalise: bool = True, noise: bool = True) -> None:
+        super().__init__(normalise)
+        self.noisy = noise
+        self.noise: nn.Linear | None = None
+
+    def build(self, width: int, experts: int, device: torch.device | str | None = None) -> None:
+        """Draws both linears."""
+        self.gate = nn.Linear(width, experts, bias=False, device=device, dtype=torch.float32)
+        self.noise = nn.Linear(width, experts, device=device, dtype=torch.float32) if self.noisy else None
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Returns z, or z~ in training."""
+        scores = self.gate(features)
+        if self.training and self.noise is not None:
+            scores = scores + torch.randn_like(scores) * functional.softplus(self.noise(features))
+        return scores
+
+    def confidence(self, scores: Tensor) -> Tensor:
+        """Returns log Σ exp z, large where any expert claims the row."""
+        return scores.logsumexp(-1)
+
+    @torch.enable_grad()
+    def add(self, new: int, features: Tensor, experts: Tensor) -> None:
+        """Fits the new expert's row of W to the cross-entropy of all rows, in fp64; every other row stays as it is.
+
+        The rows of the old experts teach the new one what to leave alone. The problem is convex.
+        """
+        prepared = self.prepare(features.detach()).double()
+        others = prepared @ self.gate.weight.detach().double().T
+        row = prepared.new_zeros(prepared.shape[1], requires_grad=True)
+        solver = torch.optim.LBFGS([row], max_iter=300, history_size=20, line_search_fn="strong_wolfe")
+        column = torch.arange(others.shape[1], device=others.device) == new
+
+        def loss() -> Tensor:
+            solver.zero_grad()
+            scores = torch.where(column, (prepared @ row).unsqueeze(1), others)
+            value = functional.cross_entropy(scores, experts) + DECAY * row.square().sum()
+            value.backward()
+            return value
+
+        solver.step(loss)  # pyright: ignore[reportArgumentType]
+        with torch.no_grad():
+            self.gate.weight[new] = row.float()
+
+
+DECAY = 1e-4
+"""Of the fit of one row alone, which would grow without end where the new rows can be told apart."""

@@ -45,7 +45,7 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
         weight_decay: weight decay per parameter group where it differs from the optimizer's.
         loss_mean: "row": mean over the global batch's rows of each row's mean answer-token loss; "token": mean over
             the global batch's answer tokens; "task": the sum over tasks of each task's own mean over its rows, so that
-            parameters that belong to one task learn as if it were alone.
+            parameters that belong to one task learn as if it were alone. Default: the method's own, mostly "row".
         ranking: which option score decides: "sum" of log-likelihoods or "per_char" (divided by the option's length).
         max_new_tokens: length of generated answers.
         train_heads: whether the heads of a classifier backbone learn; false leaves them at their random start.
@@ -53,6 +53,10 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
 
     default_rates: ClassVar[Mapping[str, float]] = {}
     """The method's own learning rates of parameter groups that the optimizer's would not suit."""
+    # No argument's default may differ from one method to the next: a configuration that names the method in a later
+    # file than the first has been given the base class's defaults by then.
+    default_loss_mean: ClassVar[LossMean] = "row"
+    """Over what the task loss is averaged where `loss_mean` does not say."""
     missing_prior: Literal["error", "token_only"] = "error"
     """What to do where a method has a prior that was never fitted."""
 
@@ -65,7 +69,7 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
         scheduler: LRSchedulerCallable | None = WarmupDecay,
         lr: LearningRates | None = None,
         weight_decay: WeightDecays | None = None,
-        loss_mean: LossMean = "row",
+        loss_mean: LossMean | None = None,
         ranking: Ranking = "sum",
         max_new_tokens: int = 16,
         train_heads: bool = True,
@@ -76,7 +80,7 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
         self.backbone, self.specs, self.targets = backbone, list(tasks), targets
         self.optimizer, self.scheduler = optimizer, scheduler
         self.lr, self.weight_decay = lr or LearningRates(), weight_decay or WeightDecays()
-        self.loss_mean: LossMean = loss_mean
+        self.loss_mean: LossMean = loss_mean or self.default_loss_mean
         self.max_new_tokens, self.train_heads = max_new_tokens, train_heads
         self.ranking: Ranking = ranking
         self.context = RoutingContext()

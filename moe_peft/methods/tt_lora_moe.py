@@ -17,8 +17,9 @@ from torch.nn.functional import cross_entropy
 from moe_peft.batch import Batch
 from moe_peft.embedders import Embedder, HiddenStates
 from moe_peft.embedders.base import exact
+from moe_peft.layers.closed_form_router import ClosedFormRouter
 from moe_peft.layers.expert_cache import ExpertCache
-from moe_peft.layers.expert_router import ExpertRouter
+from moe_peft.layers.expert_router import ExpertRouter, LinearRouter
 from moe_peft.layers.experts import ExpertLinear
 from moe_peft.layers.factors import TensorTrainFactors, TrainInit
 from moe_peft.methods.base import MultitaskModule
@@ -42,19 +43,19 @@ class TTLoRAMoE(MultitaskModule):
         init: how experts start, "zero" or "official".
         features: what the router reads of a prompt; default: the last hidden state of the frozen base, at the last
             token of a decoder and averaged over tokens otherwise, kept in memory (`HiddenStates` with keep).
-        normalise: bring features to mean 0 and variance 1 before the router.
-        noise: let the router's scores be noisy in training.
-        router_weight: weight of the router's cross-entropy.
+        router: what chooses the expert: `LinearRouter` (default) learns by gradient, `PrototypeRouter` and
+            `RidgeRouter` from sums over the rows that they are shown.
+        router_weight: weight of the router's cross-entropy, where it learns by gradient.
         straight_through: while the router learns and the experts are frozen, send the rows to the chosen experts, and
             let the task loss reach the router through the chosen one's probability.
         routing: of test and predict, "learned" by the router, or "oracle": every row goes to its own task's expert;
             "auto" is learned once the router was trained. A fit validates what its stage trains.
         cache_megabytes: memory for folded experts where nothing learns.
-        loss_mean: see `MultitaskModule`; any other than "task" couples the experts.
-        common: the arguments of `MultitaskModule`.
+        common: the arguments of `MultitaskModule`; `loss_mean` is "task" here, any other couples the experts.
     """
 
     default_rates: ClassVar[Mapping[str, float]] = {"routers": 1e-3}
+    default_loss_mean: ClassVar[LossMean] = "task"
     router_trained: Tensor
     """[] bool: whether the router has made a step."""
 
@@ -66,25 +67,27 @@ class TTLoRAMoE(MultitaskModule):
         shapes: Shapes | None = None,
         init: TrainInit = "zero",
         features: Embedder | None = None,
-        normalise: bool = True,
-        noise: bool = True,
+        router: ExpertRouter | None = None,
         router_weight: float = 21.0,
         straight_through: bool = False,
         routing: Literal["auto", "learned", "oracle"] = "auto",
         cache_megabytes: int = 512,
-        loss_mean: LossMean = "task",
         **common: Any,
     ) -> None:
-        super().__init__(loss_mean=loss_mean, **common)
+        super().__init__(**common)
         check_shapes(shapes or {})
         if router_weight <= 0:
             raise ValueError(f"router_weight: {router_weight} leaves the router without a loss; give more than 0")
         self.rank, self.alpha, self.dropout, self.shapes = rank, alpha, dropout, shapes or {}
         self.init: TrainInit = init
         self.features = features or HiddenStates(None, "auto", keep=True)
-        self.normalise, self.noise, self.router_weight = normalise, noise, router_weight
-        self.straight_through, self.routing, self.cache_megabytes = straight_through, routing, cache_megabytes
-        self.router: ExpertRouter | None = None
+        self.router = router or LinearRouter()
+        if straight_through and not self.router.learns_by_gradient:
+            raise ValueError(
+                f"straight_through: a {type(self.router).__name__} learns by no gradient; use LinearRouter"
+            )
+        self.router_weight, self.straight_through = router_weight, straight_through
+        self.routing, self.cache_megabytes = routing, cache_megabytes
         self.cache: ExpertCache | None = None
         self._scores: Tensor | None = None
 
@@ -97,7 +100,7 @@ class TTLoRAMoE(MultitaskModule):
         super().configure_model()
         self.features.bind(self.backbone, self.built(), self.context)
         device = self.features.center.device
-        self.router = ExpertRouter(len(self.features.center), len(self.specs), self.normalise, self.noise, device)
+        self.router.build(len(self.features.center), len(self.specs), device)
         self.register_buffer("router_trained", torch.zeros((), dtype=torch.bool, device=device))
         self.router.train(self.training)
         self.cache = ExpertCache(self.expert_layers(), self.cache_megabytes * MEGABYTE)
@@ -130,12 +133,14 @@ class TTLoRAMoE(MultitaskModule):
             return "routers" not in self.closed_groups
         return self.routing == "learned" or (self.routing == "auto" and bool(self.router_trained))
 
+    def prompt_features(self, batch: Batch) -> Tensor:
+        """Returns what the router reads of the batch's prompts: [B, d] fp32, without a gradient."""
+        with exact(self.features.center.device):
+            return self.features.raw(batch)
+
     def scores(self, batch: Batch) -> Tensor:
         """Returns the router's scores [B, E] of the batch's prompts."""
-        assert self.router is not None
-        with exact(self.features.center.device):
-            features = self.features.raw(batch)
-        return self.router(features)
+        return self.router(self.prompt_features(batch))
 
     def routed_tasks(self, batch: Batch) -> Tensor:
         """Returns the expert [B] that serves each row.
@@ -206,8 +211,16 @@ class TTLoRAMoE(MultitaskModule):
         return super().step_losses(batch)
 
     def method_loss_terms(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy of the router's scores with the rows' own tasks, averaged over the global batch's rows."""
+        """Cross-entropy of the router's scores with the rows' own tasks, averaged over the global batch's rows.
+
+        A router without a gradient takes the rows into its sums instead.
+        """
         if "routers" in self.closed_groups:
+            return {}
+        if isinstance(self.router, ClosedFormRouter):
+            if self.training:
+                self.router.observe(self.prompt_features(batch), batch["task_id"])
+                self.router_trained.fill_(True)
             return {}
         scores, self._scores = self.scores(batch) if self._scores is None else self._scores, None
         loss = cross_entropy(scores, batch["task_id"], reduction="sum") / batch["rows_share"]

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from moe_peft.batch import Batch
 from moe_peft.callbacks.freeze_then_route import FreezeThenRoute
+from moe_peft.layers.expert_router import LinearRouter
 from tests.callbacks.tiny_stages import Watch, adamw, scripted, weights
 from tests.methods.tiny_tt import take, with_tasks
 from tests.tiny import random_batch
@@ -57,7 +58,7 @@ class LoggedLoss(pl.Callback):
 
 
 def main(processes: int, folder: str) -> None:
-    module = scripted("classifier", *SCRIPT, optimizer=adamw, noise=False)
+    module = scripted("classifier", *SCRIPT, optimizer=adamw, router=LinearRouter(noise=False))
     start, watch, logged = weights(module), Watch(), LoggedLoss()
     trainer = pl.Trainer(
         accelerator="cpu",

@@ -6,6 +6,7 @@ import torch
 from moe_peft.callbacks.checkpoints import AdapterCheckpoint
 from moe_peft.callbacks.freeze_then_route import FreezeThenRoute
 from moe_peft.checkpoint import read_checkpoint
+from moe_peft.layers.expert_router import LinearRouter
 from tests.callbacks.stages_worker import STEPS, SWITCH, run_stages
 from tests.callbacks.test_freeze_then_route import boundary, expert
 from tests.callbacks.tiny_stages import fit, moved, scripted, weights
@@ -61,7 +62,7 @@ SCRIPT = [(0.1, 0.9, 0.5), (0.3, 0.2, 0.5), (0.2, 0.1, 0.4), (0.1, 0.9, 0.1), (1
 
 def patient():
     """Best at validations 2, 1 and 1; the next two bring nothing, and stage one ends after 16 of at most 20 steps."""
-    return scripted("classifier", *SCRIPT, noise=False), FreezeThenRoute(None, 5, patience=2)
+    return scripted("classifier", *SCRIPT, router=LinearRouter(noise=False)), FreezeThenRoute(None, 5, patience=2)
 
 
 @pytest.mark.parametrize("step", [4, 12, 16, 20], ids=["before a best", "while patient", "at the switch", "stage two"])

@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from moe_peft.layers.expert_router import ExpertRouter
+from moe_peft.layers.expert_router import LinearRouter
 
 WIDTH, EXPERTS, ROWS = 8, 3, 4
 
 
 def router(**options):
     torch.manual_seed(0)
-    made, features = ExpertRouter(WIDTH, EXPERTS, **options), torch.randn(ROWS, WIDTH) * 3 + 1
+    made, features = LinearRouter(**options), torch.randn(ROWS, WIDTH) * 3 + 1
+    made.build(WIDTH, EXPERTS)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)
     return made, features
@@ -58,5 +59,6 @@ def test_autocast_costs_no_precision(dtype):
 
 @pytest.mark.parametrize(("experts", "numbers"), [(3, 12_291), (6, 24_582), (10, 40_970), (17, 69_649)])
 def test_the_published_sizes(experts, numbers):
-    made = ExpertRouter(2048, experts, device="meta")
+    made = LinearRouter()
+    made.build(2048, experts, "meta")
     assert sum(parameter.numel() for parameter in made.parameters()) == numbers

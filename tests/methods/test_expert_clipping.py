@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from moe_peft.layers.expert_router import LinearRouter
 from moe_peft.methods.expert_clipping import clip_per_expert
 from moe_peft.optim import parameter_groups
 from tests.methods.tiny_tt import blank
@@ -11,7 +12,7 @@ from tests.methods.tiny_tt import blank
 
 def with_gradients(kind="classifier", **options):
     """A method whose gradients are random, of very different size from expert to expert."""
-    module = blank(kind, noise=False, **options)
+    module = blank(kind, router=LinearRouter(noise=False), **options)
     generator = torch.Generator().manual_seed(1)
     for parameter in module.parameters():
         if parameter.requires_grad:

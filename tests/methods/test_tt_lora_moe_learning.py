@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from moe_peft.layers.expert_router import LinearRouter
 from moe_peft.methods import base
 from moe_peft.methods.expert_clipping import clip_per_expert
 from moe_peft.methods.training import task_loss
@@ -66,7 +67,7 @@ def differences(joint, singles):
 
 
 def trained_both_ways(kind, clip, monkeypatch, bound=0.2):
-    joint = moe(kind, noise=False)
+    joint = moe(kind, router=LinearRouter(noise=False))
     if joint.heads is not None:
         joint.heads.double()
         monkeypatch.setattr(base, "pooled_features", pooled)
@@ -149,7 +150,7 @@ def test_14_the_task_loss_does_not_reach_the_router_but_its_own_loss_does(kind, 
 
 
 def test_the_routers_loss_is_21_times_the_cross_entropy_with_the_rows_own_tasks():
-    module, batch = moe(noise=False).train(), rows_for()
+    module, batch = moe(router=LinearRouter(noise=False)).train(), rows_for()
     scores = module.scores(batch)
     expected = -scores.log_softmax(-1)[torch.arange(6), batch["task_id"]].mean()
     for module.router_weight, factor in ((21.0, 21), (2.0, 2)):
@@ -170,7 +171,7 @@ def test_a_step_of_the_router_is_what_makes_it_trained():
 @pytest.mark.parametrize("kind", KINDS)
 def test_14_straight_through_the_task_loss_reaches_the_router(kind):
     """By hand: dL/dz = p_e (δ - p) w', with w' the derivative of L by the size of the chosen expert's update."""
-    module, batch = moe(kind, straight_through=True, noise=False).train(), rows_for(kind)
+    module, batch = moe(kind, straight_through=True, router=LinearRouter(noise=False)).train(), rows_for(kind)
     module.closed_groups = STAGE_TWO
     module.begin(batch)
     scores, chosen = module._scores, module.context.get("task_id", 6)
@@ -179,7 +180,7 @@ def test_14_straight_through_the_task_loss_reaches_the_router(kind):
     assert module.step_losses(batch).keys() == {"task_loss", "router_loss"}
     (found,) = torch.autograd.grad(loss, module.router.gate.weight, retain_graph=True)
     p, slopes = scores.detach().softmax(-1), []
-    plain = moe(kind)
+    plain = moe(kind, router=LinearRouter(noise=False))
     for row, expert in enumerate(chosen.tolist()):
         send(plain, expert)
         own, ends = take(batch, row), []
@@ -198,7 +199,8 @@ def test_14_straight_through_the_task_loss_reaches_the_router(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_straight_through_changes_no_output(kind):
-    one, other, batch = moe(kind, straight_through=True, noise=False).train(), moe(kind), rows_for(kind)
+    one = moe(kind, straight_through=True, router=LinearRouter(noise=False)).train()
+    other, batch = moe(kind, router=LinearRouter(noise=False)), rows_for(kind)
     one.closed_groups = STAGE_TWO
     agree(output(one, batch), output(other, batch))
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moe_peft.cli import run
+from moe_peft.layers.expert_router import LinearRouter
 from tests.methods.ddp_worker import ROOT
 from tests.methods.tiny_more import agree
 from tests.methods.tiny_tt import KINDS, TASKS, alone, blank, moe, rows_for, send, take, with_tasks
@@ -135,7 +136,11 @@ def test_a_merged_task_answers_as_its_expert_and_unmerges_to_the_bit(kind):
 
 def test_gradient_checkpointing_gives_the_same_gradients():
     def gradients(checkpointing):
-        module = moe(backbone=tiny_backbone(gradient_checkpointing=checkpointing), straight_through=True, noise=False)
+        module = moe(
+            backbone=tiny_backbone(gradient_checkpointing=checkpointing),
+            straight_through=True,
+            router=LinearRouter(noise=False),
+        )
         batch = rows_for()
         module.train().begin(batch)
         sum(module.step_losses(batch).values()).backward()
