@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Exports a trained task as an ordinary LoRA (PEFT's files) or merged into a plain model folder, and proves it.
+"""Exports a trained task as an ordinary LoRA (PEFT's files), as a plain merged model or as an expert of its own.
 
     python tools/export.py runs/X --to peft --task sst2 --out exports/sst2
     python tools/export.py runs/X --to merged --task all --out exports/X
+    python tools/export.py runs/X --to expert --task all --out experts
 
 What was written is read back, and the largest difference of its logits from the trained module's is printed. The
-status is 1 where it is more than the backbone's dtype explains; the files stay.
+status is 1 where it is more than the backbone's dtype explains; the files stay. Experts (of TTLoRA and TTLoRAMoE, for
+FreezeThenRoute's expert_paths) must be equal to the bit.
 """
 
 import argparse
@@ -22,7 +24,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its best checkpoint), or a file"
     )
-    parser.add_argument("--to", choices=["peft", "merged"], required=True, help="what to write")
+    parser.add_argument("--to", choices=["peft", "merged", "expert"], required=True, help="what to write")
     parser.add_argument("--task", required=True, help="the task's name; all: every task, in a sub-folder each")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist, or be empty")
     parser.add_argument("--uniform-rank", action="store_true", help="peft: one rank for all linears, padded with zeros")

@@ -10,14 +10,15 @@ import logging
 import math
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from moe_peft.callbacks.checkpoints import AdapterCheckpoint
+from moe_peft.interop.install import collect, install
+from moe_peft.methods.expert_rows import load_experts, with_experts
 from moe_peft.methods.tt_lora_moe import TTLoRAMoE
 from moe_peft.optim import WarmupDecay, parameter_groups
 
@@ -27,19 +28,22 @@ EXPERTS, ROUTER = frozenset({"adapters", "heads", "gates"}), frozenset({"routers
 
 
 class FreezeThenRoute(Callback):
-    """Trains all experts side by side, then freezes them and trains the router alone.
+    """Trains all experts side by side, or takes those of other runs; then freezes them and trains the router alone.
 
     Each expert ends stage one as it was when its own task's validation was best. Give batches equally many rows of
     every task (`EqualRows`): then each expert learns what it would learn alone.
 
     Args:
         experts_steps: optimizer steps of stage one; or
-        experts_epochs: its epochs; one of the two must be given.
+        experts_epochs: its epochs; one of the two, or expert_paths, must be given.
         patience: end stage one earlier, once no expert's validation has improved for so many validations in a row.
         keep_best: false freezes the experts as the last step of stage one left them.
+        expert_paths: folders of trained experts, one per task in any order, in place of stage one: what
+            `tools/export.py --to expert` wrote, or LoRAs in PEFT's files, which are compressed to the mixture's rank. A
+            resumed fit does not read them again.
 
     Raises:
-        ValueError: none or both of the boundaries, or a number below 1.
+        ValueError: none or several of the three, a number below 1, or patience where no expert is trained.
     """
 
     def __init__(
@@ -48,14 +52,22 @@ class FreezeThenRoute(Callback):
         experts_epochs: int | None = None,
         patience: int | None = None,
         keep_best: bool = True,
+        expert_paths: list[str] | None = None,
     ) -> None:
         given = {"experts_steps": experts_steps, "experts_epochs": experts_epochs, "patience": patience}
-        if (experts_steps is None) == (experts_epochs is None):
-            raise ValueError("FreezeThenRoute: give experts_steps or experts_epochs, the length of stage one")
+        if sum(way is not None for way in (experts_steps, experts_epochs, expert_paths)) != 1:
+            raise ValueError(
+                "FreezeThenRoute: give experts_steps or experts_epochs, the length of stage one, or expert_paths; one "
+                "of the three"
+            )
+        if expert_paths is not None and patience is not None:
+            raise ValueError(
+                f"FreezeThenRoute: patience {patience} ends the training of experts; expert_paths has none"
+            )
         for name, value in given.items():
             if value is not None and value < 1:
                 raise ValueError(f"FreezeThenRoute: {name} is {value}, it must be at least 1")
-        self.experts_steps, self.experts_epochs = experts_steps, experts_epochs
+        self.experts_steps, self.experts_epochs, self.expert_paths = experts_steps, experts_epochs, expert_paths
         self.patience, self.keep_best = patience, keep_best
         self.switch_at: int | None = None
         """The optimizer step at which stage two begins, once known for certain."""
@@ -82,12 +94,32 @@ class FreezeThenRoute(Callback):
                     "(patience ends stage one, and every expert's best is kept)"
                 )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the experts of other runs, unless a checkpoint was restored (which no earlier hook can tell).
+
+        Raises:
+            ValueError: a folder that cannot be read, two experts of a task or none, or one that does not fit.
+        """
+        if self.expert_paths is None or trainer.ckpt_path is not None:
+            return
+        assert isinstance(pl_module, TTLoRAMoE)
+        try:
+            experts = collect(self.expert_paths, [spec.name for spec in pl_module.specs])
+            installed = [install(pl_module, expert, task) for task, expert in enumerate(experts)]
+        except ValueError as error:
+            raise ValueError(f"FreezeThenRoute: expert_paths: {error}") from None
+        for each in installed if trainer.is_global_zero else ():
+            logger.info("%s", each)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the boundary, and gives each stage its own learning-rate schedule.
 
         Raises:
-            ValueError: no end is in sight, no step is left for the router, or a schedule that knows no stages.
+            ValueError: no end is in sight, no step is left for the router, a schedule that knows no stages, or experts
+                of other runs for a fit that is to go on training its own.
         """
+        if self.expert_paths is not None and trainer.ckpt_path is not None and not self.opened:
+            raise ValueError("FreezeThenRoute: expert_paths cannot end a stage one that was begun; resume it as it was")
         for config in trainer.lr_scheduler_configs:
             if not isinstance(config.scheduler, WarmupDecay):
                 name = type(config.scheduler).__name__
@@ -124,6 +156,8 @@ class FreezeThenRoute(Callback):
     def _boundary(self, trainer: Trainer) -> int:
         if self.switch_at is not None:
             return self.switch_at
+        if self.expert_paths is not None:
+            return 0
         if self.experts_steps is not None:
             return self.experts_steps
         assert self.experts_epochs is not None
@@ -139,7 +173,7 @@ class FreezeThenRoute(Callback):
     def _freeze(self, trainer: Trainer, module: TTLoRAMoE) -> None:
         """Begins stage two: best experts back, fresh optimizer state for the router, a fresh best checkpoint."""
         if self.keep_best and self.snapshot:
-            _load(module, self.snapshot)
+            load_experts(module, self.snapshot)
         self.opened, self.switch_at, self.snapshot = True, trainer.global_step, {}
         groups = parameter_groups(module)
         for optimizer in trainer.optimizers:
@@ -179,7 +213,7 @@ class FreezeThenRoute(Callback):
                 self.best[spec.name] = value.item()
                 improved.append(task)
         if self.keep_best and (improved or unknown):
-            self.snapshot = _with_experts(pl_module, self.snapshot, improved + unknown)
+            self.snapshot = with_experts(pl_module, self.snapshot, improved + unknown)
         self.idle = 0 if improved else self.idle + 1
         if self.patience is not None and self.idle >= self.patience and self.switch_at is None:
             self.switch_at = trainer.global_step
@@ -196,33 +230,3 @@ class FreezeThenRoute(Callback):
         """Takes over what `state_dict` gave."""
         for name, value in state_dict.items():
             setattr(self, name, value)
-
-
-def _by_expert(module: TTLoRAMoE) -> dict[str, tuple[nn.Parameter, Tensor]]:
-    """Returns everything that belongs to experts, by name: the parameter and the expert of each of its rows."""
-    tasks = torch.arange(len(module.specs))
-    cores = {
-        f"{slot}.{at}": (core, tasks)
-        for slot, layer in module.adapted.items()
-        for at, core in enumerate(layer.factors.parameters())
-    }
-    if module.heads is None:
-        return cores
-    return cores | {f"heads.{name}": (p, module.heads.owner.cpu()) for name, p in module.heads.named_parameters()}
-
-
-@torch.no_grad()
-def _with_experts(module: TTLoRAMoE, snapshot: dict[str, Tensor], experts: list[int]) -> dict[str, Tensor]:
-    """Returns the snapshot with some experts renewed from the module; a first snapshot takes all of them."""
-    new = {}
-    for name, (parameter, owner) in _by_expert(module).items():
-        now = parameter.detach().cpu()
-        rows = torch.isin(owner, torch.tensor(experts)).view(-1, *(1,) * (now.dim() - 1))
-        new[name] = torch.where(rows, now, snapshot[name]) if name in snapshot else now.clone()
-    return new
-
-
-@torch.no_grad()
-def _load(module: TTLoRAMoE, snapshot: dict[str, Tensor]) -> None:
-    for name, (parameter, _) in _by_expert(module).items():
-        parameter.copy_(snapshot[name])

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from moe_peft.interop.experts import expert_parity, export_expert
 from moe_peft.interop.folder import new_folder
 from moe_peft.interop.merged import export_merged
 from moe_peft.interop.parity import Parity, parity, random_rows, text_rows
@@ -21,20 +22,22 @@ class Exported(NamedTuple):
     task: str
     parity: Parity
     how: str
-    """What was compared, and in which dtype."""
+    """On what it was compared, and in which dtype."""
+    what: str = "outputs"
+    """What was compared."""
 
     def __str__(self) -> str:
         """Returns a line with the largest difference."""
         found = self.parity
         return (
-            f"{self.folder}: task {self.task!r}, largest difference {found.difference:.1e} of outputs up to "
-            f"{found.largest:.1f} ({self.how}, read back with {found.reader})"
+            f"{self.folder}: task {self.task!r}, largest difference {found.difference:.1e} of {self.what} up "
+            f"to {found.largest:.1f} ({self.how}, read back with {found.reader})"
         )
 
 
 def export(
     module: MultitaskModule,
-    to: Literal["peft", "merged"],
+    to: Literal["peft", "merged", "expert"],
     task: str,
     out: Path,
     uniform_rank: bool = False,
@@ -44,21 +47,23 @@ def export(
 
     Args:
         module: a trained module, not merged.
-        to: "peft" (an ordinary LoRA) or "merged" (a plain model folder).
+        to: "peft" (an ordinary LoRA), "merged" (a plain model folder) or "expert" (a tensor-train expert by itself).
         task: a task's name, or "all" for a sub-folder per task.
         out: the folder to write; no such path yet, or an empty folder.
         uniform_rank: see `export_peft`.
         texts: what to compare on; None takes random token ids.
 
     Returns:
-        What was written, by task, and the largest difference of its outputs from the module's. The files stay,
-        however large it is (see `unfaithful`).
+        What was written, by task, and the largest difference of its outputs (an expert: of its numbers, which must be
+        equal to the bit) from the module's. The files stay, however large it is (see `unfaithful`).
 
     Raises:
         ValueError: an argument that does not fit, before anything is written.
     """
     if uniform_rank and to != "peft":
-        raise ValueError(f"uniform_rank: a {to} export has no ranks; use it with peft")
+        raise ValueError(f"uniform_rank: {to} has no such form; use it with peft")
+    if texts and to == "expert":
+        raise ValueError("text: an expert's numbers are compared, not its outputs; leave it out")
     names = [spec.name for spec in module.specs]
     rows = text_rows(module, texts) if texts else random_rows(module)
     folders = {task: out}
@@ -69,8 +74,13 @@ def export(
             target = new / folder.relative_to(out)
             if to == "peft":
                 export_peft(module, target, name, uniform_rank)
+            elif to == "expert":
+                export_expert(module, target, name)
             else:
                 export_merged(module, target, name)
+    if to == "expert":
+        compared = [(folder, name, expert_parity(module, folder, name)) for name, folder in folders.items()]
+        return [Exported(*each, "float32, bit for bit", "numbers") for each in compared]
     dtype = str(module.backbone.dtype).removeprefix("torch.")
     how = f"{dtype}, {len(rows)} rows of {'text' if texts else 'random token ids'}"
     return [Exported(folder, name, parity(module, folder, name, rows), how) for name, folder in folders.items()]
@@ -82,6 +92,6 @@ def unfaithful(exports: list[Exported]) -> str | None:
     if not wrong:
         return None
     return (
-        f"{', '.join(str(each.folder) for each in wrong)}: the outputs differ from the trained module's by more than "
-        f"{wrong[0].parity.tolerance:g} of the largest; the files stay, but do not use them"
+        f"{', '.join(str(each.folder) for each in wrong)}: the {wrong[0].what} differ from the trained module's by "
+        f"more than {wrong[0].parity.tolerance:g} of the largest; the files stay, but do not use them"
     )

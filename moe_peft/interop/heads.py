@@ -1,12 +1,38 @@
 """A task's own head as two files: the backbone's formats know one head per model, this package one per task."""
 
-import json
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from moe_peft.backbones import Classifier
+from moe_peft.interop.files import read_json, read_tensors, write_json
 from moe_peft.methods.base import MultitaskModule
+
+
+class Head(NamedTuple):
+    """A task's head, and what its outputs mean."""
+
+    weight: Tensor
+    """[C, D]."""
+    bias: Tensor
+    """[C]."""
+    kind: str
+    choices: tuple[str, ...]
+    pooling: str
+    """How features are pooled: "cls", "mean" or "last"."""
+
+
+def own_head(module: MultitaskModule, task: int) -> Head | None:
+    """Returns a copy of a task's head; None where the backbone is no classifier."""
+    if module.heads is None:
+        return None
+    assert isinstance(module.backbone, Classifier)
+    rows = slice(start := int(module.heads.offset[task]), start + module.heads.outputs[task])
+    weight, bias = (own.detach()[rows].cpu().clone() for own in (module.heads.linear.weight, module.heads.linear.bias))
+    spec = module.specs[task]
+    return Head(weight, bias, spec.kind, spec.choices, module.backbone.pooled_by)
 
 
 def write_head(module: MultitaskModule, task: int, folder: Path) -> None:
@@ -17,12 +43,26 @@ def write_head(module: MultitaskModule, task: int, folder: Path) -> None:
         task: the task's id.
         folder: an existing folder.
     """
-    if module.heads is None:
+    head = own_head(module, task)
+    if head is None:
         return
-    assert isinstance(module.backbone, Classifier)
-    start, size = int(module.heads.offset[task]), module.heads.outputs[task]
-    own = {name: value[start : start + size] for name, value in module.heads.linear.state_dict().items()}
-    save_file({name: value.cpu().clone() for name, value in own.items()}, folder / "head.safetensors")
-    spec = module.specs[task]
-    about = {"task": spec.name, "kind": spec.kind, "labels": list(spec.choices), "pooling": module.backbone.pooled_by}
-    (folder / "head.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    save_file({"weight": head.weight, "bias": head.bias}, folder / "head.safetensors")
+    about = {"task": module.specs[task].name, "kind": head.kind, "labels": list(head.choices), "pooling": head.pooling}
+    write_json(folder / "head.json", about)
+
+
+def read_head(folder: Path) -> tuple[str, Head] | None:
+    """Returns the task's name and the head that `write_head` wrote; None where a folder has none.
+
+    Raises:
+        ValueError: files that are truncated or were written by something else.
+    """
+    file = folder / "head.json"
+    if not file.is_file():
+        return None
+    about, tensors = read_json(file), read_tensors(folder / "head.safetensors")
+    try:
+        head = Head(tensors["weight"], tensors["bias"], about["kind"], tuple(about["labels"]), about["pooling"])
+        return about["task"], head
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"'{file}' lacks {error} or describes no head; export the folder again") from None

@@ -1,17 +1,15 @@
 """How far an export's outputs lie from the module's own: what was written is read back and asked the same rows."""
 
 import importlib.util
-import json
-import re
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moe_peft.batch import Batch
+from moe_peft.interop.lora_import import read_lora
 from moe_peft.methods.base import MultitaskModule
 from moe_peft.methods.merging import task_number
 
@@ -116,21 +114,9 @@ def read_back(module: MultitaskModule, folder: Path) -> tuple[nn.Module, str]:
 
 @torch.no_grad()
 def apply_lora(model: nn.Module, folder: Path) -> nn.Module:
-    """Adds an exported LoRA to a plain model's weights, in place, by the rules of PEFT's files."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = load_file(folder / "adapter_model.safetensors")
-
-    def setting(pattern: str, default: str, slot: str) -> float:
-        found = [own for key, own in config[pattern].items() if re.match(rf"(.*\.)?({key})$", slot)]
-        return found[0] if found else config[default]
-
-    for name, a in tensors.items():
-        if not name.endswith(".lora_A.weight"):
-            continue
-        slot = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        scale = setting("alpha_pattern", "lora_alpha", slot) / setting("rank_pattern", "r", slot)
+    """Adds an exported LoRA to a plain model's weights, in place."""
+    for slot, update in read_lora(folder).updates.items():
         weight = model.get_submodule(slot).weight
         assert isinstance(weight, Tensor)
-        update = scale * tensors[f"base_model.model.{slot}.lora_B.weight"] @ a
-        weight.copy_(weight.float() + update.to(weight.device))
+        weight.copy_(weight.float() + (update.scale * update.b @ update.a).to(weight.device))
     return model

@@ -4,7 +4,6 @@ PEFT computes y = W0 x + (alpha / rank) B A x per linear. A fixed core C is fold
 keeps, its scalar into alpha, and what is no scalar into B (or A). Shapes: k components kept, D in, O out.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moe_peft.interop.files import write_json
 from moe_peft.interop.folder import new_folder
 from moe_peft.interop.heads import write_head
 from moe_peft.layers.adapted import AdaptedLinear
@@ -89,8 +89,8 @@ def export_peft(module: MultitaskModule, folder: str | Path, task: str | int, un
             tensors[f"base_model.model.{slot}.lora_B.weight"] = update.b
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
-        _write_json(new / "adapter_config.json", adapter_config(module, updates))
-        _write_json(new / "rank_table.json", _rank_table(module, number, ranks))
+        write_json(new / "adapter_config.json", adapter_config(module, updates))
+        write_json(new / "rank_table.json", _rank_table(module, number, ranks))
         write_head(module, number, new)
 
 
@@ -146,7 +146,3 @@ def _rank_table(module: MultitaskModule, task: int, ranks: dict[str, int]) -> di
 def _plain(number: float) -> int | float:
     """Returns a whole number as an int, which is what PEFT declares an alpha to be."""
     return int(number) if number == int(number) else number
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ Shapes: D in, O out, R rows of A, Q columns of B.
 """
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -81,7 +82,7 @@ class TensorTrainFactors(Factors):
         super().__init__()
         if init not in ("zero", "official"):
             raise ValueError(f"init: {init!r} is unknown; use zero or official")
-        self.layout, self.experts = layout, experts
+        self.layout, self.rank, self.experts = layout, rank, experts
         self.rank_in = self.rank_out = layout.ranks(rank)[len(layout.inputs)]
         lead = () if experts is None else (experts,)
         shapes = layout.shapes(rank)
@@ -113,3 +114,33 @@ class TensorTrainFactors(Factors):
         cores = list(self.cores) if chosen is None else [core.index_select(0, chosen) for core in self.cores]
         with torch.autocast(cores[0].device.type, enabled=False):
             return fold(cores, self.layout)
+
+    @torch.no_grad()
+    def set_cores(self, cores: Sequence[Tensor], expert: int | None = None) -> None:
+        """Copies a train of the same layout into the cores, as it is; zeros fill bonds that are wider here.
+
+        Args:
+            cores: [r_{k-1}, s_k, r_k] each.
+            expert: whose cores, where there are several.
+        """
+        for core, given in zip(self.cores, cores, strict=True):
+            own = core if expert is None else core[expert]
+            own.zero_()
+            own[: given.shape[0], :, : given.shape[2]] = given
+
+    def set_update(self, a: Tensor, b: Tensor, expert: int | None = None) -> float:
+        """Makes the update what TT-SVD at this rank leaves of B A.
+
+        Args:
+            a: A [R', D].
+            b: B [O, R'].
+            expert: whose cores, where there are several.
+
+        Returns:
+            The relative error (see `compress`, also for what is refused).
+        """
+        from moe_peft.layers.compression import compress
+
+        cores, error = compress(a, b, self.layout, self.rank)
+        self.set_cores(cores, expert)
+        return error

@@ -84,7 +84,7 @@ def test_a_spoilt_export_ends_in_status_1_and_its_files_stay(run_folder, tmp_pat
         ({"--out": "run"}, r"out: '.*run' exists and is not an empty folder"),
         ({"--backbone": "gone"}, r"backbone 'gone' cannot be read"),
         ({"--text": ""}, "text: an empty text has nothing to compare"),
-        ({"--to": "merged", "--uniform-rank": None}, "uniform_rank: a merged export has no ranks; use it with peft"),
+        ({"--to": "merged", "--uniform-rank": None}, "uniform_rank: merged has no such form; use it with peft"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(run_folder, tmp_path, command, changed, message):
