@@ -18,6 +18,7 @@ from moe_peft.callbacks import (
     checkpoints,
     confusion,
     freeze_then_route,
+    null_expert,
     predictions,
     rank_report,
     results,
@@ -36,7 +37,7 @@ from moe_peft.methods import lora, more, trex, tt_lora, tt_lora_moe
 from moe_peft.methods.base import MultitaskModule
 
 # Imported so that their classes are known to the configuration by bare name.
-CALLBACKS = (ablation, confusion, freeze_then_route, rank_report, semantic_prior, task_contrast, transfer)
+CALLBACKS = (ablation, confusion, freeze_then_route, null_expert, rank_report, semantic_prior, task_contrast, transfer)
 METHODS = (lora, more, trex, tt_lora, tt_lora_moe)
 NAMED = (backbones, embedders, closed_form_router, expert_router, *CALLBACKS, *METHODS)
 # Precisions that cast the whole module, adapters included.

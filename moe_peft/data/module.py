@@ -18,7 +18,7 @@ from moe_peft.data.collate import Collator
 from moe_peft.data.encoding import EncodedRow, Encoder
 from moe_peft.data.evaluation import EvalBatches, evaluation_loader, group_for_evaluation
 from moe_peft.data.loader import MultitaskSampler, ResumableLoader, TrainRows, place_of
-from moe_peft.data.prompts import sample_equally
+from moe_peft.data.prompts import encode_prompts, sample_equally
 from moe_peft.data.sampling import Proportional, Sampling
 from moe_peft.data.sources import TaskFolder, TaskSource
 from moe_peft.data.tasks import SPLITS, Split, TaskSpec
@@ -52,6 +52,8 @@ class MultitaskDataModule(LightningDataModule):
         number_steps: Steps per unit that a regression value is rounded to before it is written (5: multiples of 0.2);
             the metric sees the value itself.
         predict_split: The split that `predict` runs on.
+        outside: Tasks of any kind that are none of the mixture's, looked up as `tasks` are; a test reads their test
+            prompts to measure how well inputs from elsewhere are recognised (see the NullExpert callback).
 
     Raises:
         ValueError: No task, two tasks of one name, or a size below 1.
@@ -76,6 +78,7 @@ class MultitaskDataModule(LightningDataModule):
         number_format: str = ".1f",
         number_steps: int | None = None,
         predict_split: Split = "test",
+        outside: Sequence[str | TaskSource] | None = None,
     ) -> None:
         super().__init__()
         if not tasks:
@@ -87,6 +90,11 @@ class MultitaskDataModule(LightningDataModule):
             raise ValueError(f"seed={seed} must not be negative.")
         folder = Path(root or "").expanduser()
         self.sources = [(TaskFolder(task) if isinstance(task, str) else task).under(folder) for task in tasks]
+        # Equal options are no reason to stop where only prompts are read.
+        elsewhere = [
+            TaskFolder(task, equal_options="drop") if isinstance(task, str) else task for task in outside or ()
+        ]
+        self.outside = [source.under(folder) for source in elsewhere]
         self.backbone = backbone
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.sampling = sampling or Proportional()
@@ -110,11 +118,11 @@ class MultitaskDataModule(LightningDataModule):
         Raises:
             ValueError: Two tasks of one name, or a source that cannot be read.
         """
-        specs = [source.spec() for source in self.sources]
+        specs = [source.spec() for source in (*self.sources, *self.outside)]
         name, count = Counter(spec.name for spec in specs).most_common(1)[0]
         if count > 1:
-            raise ValueError(f"tasks holds {count} tasks called '{name}'; names must be unique, rename or drop one.")
-        return specs
+            raise ValueError(f"tasks (with outside) hold {count} tasks called '{name}'; rename or drop one of them.")
+        return specs[: len(self.sources)]
 
     @property
     def notes(self) -> dict[str, str]:
@@ -150,6 +158,8 @@ class MultitaskDataModule(LightningDataModule):
             return
         for source in self.sources:  # all splits now: a run must not train for an hour and then miss its test rows
             source.require(SPLITS)
+        if stage in ("fit", "test"):
+            _ = self.outside_rows
         for split in _STAGE_SPLITS.get(stage, ("test",)):
             self.rows(split)
         if stage == "fit":
@@ -188,7 +198,7 @@ class MultitaskDataModule(LightningDataModule):
         """Makes the loader of `predict_split`, whose rows may lack their answers."""
         return self._evaluation(self.predict_split, labelled=False)
 
-    def sample_prompts(self, count: int, seed: int) -> list[Batch]:
+    def sample_prompts(self, count: int, seed: int, tasks: Sequence[int] | None = None) -> list[Batch]:
         """Draws training prompts for fitting a prior: the same on every rank.
 
         Every task gives equally many; what a small task lacks is shared out among the others.
@@ -196,14 +206,24 @@ class MultitaskDataModule(LightningDataModule):
         Args:
             count: At most so many prompts.
             seed: Decides which.
+            tasks: Only of these tasks; of all where not given.
 
         Returns:
             Prompt-only batches of at most `eval_batch_size` rows.
         """
-        rows = self.rows("train")
-        chosen = sample_equally(self._sizes(), count, [self.seed, seed])
+        rows = [row for row in self.rows("train") if tasks is None or row.task_id in tasks]
+        sizes = [size for task, size in enumerate(self._sizes()) if tasks is None or task in tasks]
+        return self.prompts([rows[at] for at in sample_equally(sizes, count, [self.seed, seed])])
+
+    @cached_property
+    def outside_rows(self) -> dict[str, list[EncodedRow]]:
+        """The encoded test prompts of the tasks in `outside`, by task name."""
+        return {source.spec().name: encode_prompts(self.encoder, source) for source in self.outside}
+
+    def prompts(self, rows: Sequence[EncodedRow]) -> list[Batch]:
+        """Makes prompt-only batches of at most `eval_batch_size` rows, in order."""
         step = self.eval_batch_size
-        return [self.collator.prompts([rows[i] for i in chosen[at : at + step]]) for at in range(0, len(chosen), step)]
+        return [self.collator.prompts(rows[at : at + step]) for at in range(0, len(rows), step)]
 
     def majority(self, task_name: str) -> int | None:
         """Gives the most frequent label of a task's training rows; None where an answer is no label.

@@ -1,8 +1,19 @@
-"""Which training prompts a prior is fitted on: equally many of every task, as far as it has them."""
+"""Prompts alone: which training prompts a prior is fitted on, and those of tasks that are none of a run's."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+
+from moe_peft.data.encoding import EncodedRow, Encoder
+from moe_peft.data.sources import TaskSource
+
+
+def encode_prompts(encoder: Encoder, source: TaskSource) -> list[EncodedRow]:
+    """Encodes a task's test prompts as no task's, with all of the room to themselves: no answer, no options."""
+    spec = replace(source.spec(), kind="generation", metric="exact_match", choices=())
+    rows = [{**row, "target": None} for row in source.rows("test", labelled=False)]
+    return encoder.encode(spec, -1, rows)
 
 
 def sample_equally(sizes: Sequence[int], count: int, seeds: Sequence[int]) -> list[int]:

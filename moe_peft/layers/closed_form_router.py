@@ -4,6 +4,9 @@ Sums of different rows can be added: over steps, over data-parallel ranks, over 
 needs the rows of its own task only. Shapes: B rows, d features, E experts.
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor
 from torch.distributed import all_reduce, is_available, is_initialized
@@ -12,7 +15,7 @@ from moe_peft.layers.expert_router import ExpertRouter
 
 
 class ClosedFormRouter(ExpertRouter):
-    """Base of both: the sums in fp64, as buffers, and a solution that is made again when they changed."""
+    """Base of both: the sums as buffers, which stay in fp64 whatever dtype the rest of a model is brought to."""
 
     counts: Tensor
     """[E] rows seen."""
@@ -20,35 +23,58 @@ class ClosedFormRouter(ExpertRouter):
     """[E, d'] sum of the features of each expert's rows."""
     per_expert = ("counts", "sums")
 
+    @torch.inference_mode(False)  # sums made in inference mode could not be added to outside of it
     def build(self, width: int, experts: int, device: torch.device | str | None = None) -> None:
         """Creates the sums at zero."""
         self.register_buffer("counts", torch.zeros(experts, device=device, dtype=torch.float64))
         self.register_buffer("sums", torch.zeros(experts, width, device=device, dtype=torch.float64))
 
-    @torch.no_grad()
+    @torch.inference_mode(False)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, moved in self.named_buffers():
+            if moved.dtype != exact[name].dtype:  # half() and the like: follow to the device only
+                self.register_buffer(name, exact[name].to(moved.device))
+        return self
+
     def observe(self, features: Tensor, experts: Tensor) -> None:
-        """Adds rows to the sums; on every data-parallel rank the rows of all ranks.
+        """Adds the rows of a training batch to the sums; every data-parallel process adds the rows of all.
 
         Args:
             features: [B, d].
             experts: [B], which expert each row belongs to.
+
+        Raises:
+            ValueError: a feature that is not finite.
         """
-        with torch.autocast(features.device.type, enabled=False):
-            prepared = self.prepare(features).double()
-            for name, part in self.parts(prepared, experts).items():
-                if is_available() and is_initialized():
-                    all_reduce(part)
-                self.get_buffer(name).add_(part)
+        self._sum_up(features, experts, together=is_available() and is_initialized())
+
+    @torch.no_grad()
+    def _sum_up(self, features: Tensor, experts: Tensor, together: bool = False) -> None:
+        prepared = self.prepare(features).double()  # autocast leaves fp64 alone
+        if not torch.isfinite(prepared).all():  # no later row would make up for it
+            raise ValueError(
+                "the router's features hold values that are not finite; give the backbone a dtype of wider range"
+            )
+        for name, part in self.parts(prepared, experts).items():
+            if together:
+                all_reduce(part)
+            self.get_buffer(name).add_(part)
 
     def parts(self, features: Tensor, experts: Tensor) -> dict[str, Tensor]:
         """Returns what prepared features [B, d] in fp64 add to each buffer."""
         own = torch.nn.functional.one_hot(experts, len(self.counts)).to(features.dtype)
         return {"counts": own.sum(0), "sums": own.T @ features}
 
+    def rows_to_add(self) -> int:
+        """As many as an expert has on average: ridge regression leans towards those with more."""
+        return round((self.counts.sum() / (self.counts > 0).sum().clamp(min=1)).item())
+
     def add(self, new: int, features: Tensor, experts: Tensor) -> None:
-        """Adds the new expert's rows to the sums."""
+        """Adds the new expert's rows to the sums; several processes give the same rows each."""
         own = experts == new
-        self.observe(features[own], experts[own])
+        self._sum_up(features[own], experts[own])
 
     def scores(self, features: Tensor) -> Tensor:
         """Returns [B, E]; minus infinity for an expert of which no row was seen."""
@@ -92,11 +118,13 @@ class RidgeRouter(ClosedFormRouter):
 
     def __init__(self, normalise: bool = True, ridge: float = 1e-3) -> None:
         super().__init__(normalise)
-        if ridge <= 0:
+        if not ridge > 0:
             raise ValueError(f"ridge: {ridge} may leave no unique solution; give more than 0, for example 1e-3")
         self.ridge = ridge
-        self._solution: tuple[tuple[int, int], Tensor] | None = None
+        self._solved: tuple[list[tuple[int, int]], tuple[Tensor, ...], Tensor] | None = None
+        """The state of the sums, the sums themselves (kept, so that no others can get their address), and W."""
 
+    @torch.inference_mode(False)
     def build(self, width: int, experts: int, device: torch.device | str | None = None) -> None:
         """Creates the sums at zero."""
         super().build(width + 1, experts, device)
@@ -114,10 +142,10 @@ class RidgeRouter(ClosedFormRouter):
     @torch.no_grad()
     def solution(self) -> Tensor:
         """Returns W [d + 1, E] in fp32, solved in fp64 once per state of the sums."""
-        state = self.gram._version, self.gram.data_ptr()
-        if self._solution is None or self._solution[0] != state:
-            size = len(self.gram)
-            mean = (self.gram.diagonal().mean()).clamp(min=torch.finfo(torch.float64).tiny)
-            regular = self.gram + self.ridge * mean * torch.eye(size, device=self.gram.device, dtype=torch.float64)
-            self._solution = state, torch.linalg.solve(regular, self.sums.T).float()
-        return self._solution[1]
+        sums = self.gram, self.sums
+        state = [(part._version, part.data_ptr()) for part in sums]
+        if self._solved is None or self._solved[0] != state:
+            mean = self.gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+            regular = self.gram + self.ridge * mean * torch.eye(len(self.gram), device=mean.device, dtype=mean.dtype)
+            self._solved = state, sums, torch.linalg.solve(regular, self.sums.T).float()
+        return self._solved[2]

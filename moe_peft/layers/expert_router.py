@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+DECAY = 1e-4
+"""Of the fit of one row alone, which would grow without end where the new rows can be told apart."""
+
 
 class ExpertRouter(nn.Module):
     """Base of all routers; a subclass gives `build`, `scores` and `add`, and says how it learns.
@@ -45,6 +48,19 @@ class ExpertRouter(nn.Module):
         """Returns [B, E] of prepared features [B, d]; the largest one's expert serves the row."""
         raise NotImplementedError
 
+    def observe(self, features: Tensor, experts: Tensor) -> None:
+        """Takes a training batch into account, where nothing is learned by gradient.
+
+        Args:
+            features: [B, d].
+            experts: [B], which expert each row belongs to.
+        """
+        raise NotImplementedError
+
+    def rows_to_add(self) -> int:
+        """Returns how many rows of every expert `add` can make use of."""
+        return 300
+
     def add(self, new: int, features: Tensor, experts: Tensor) -> None:
         """Learns one more expert, whose rows are still zero.
 
@@ -56,8 +72,12 @@ class ExpertRouter(nn.Module):
         raise NotImplementedError
 
     def confidence(self, scores: Tensor) -> Tensor:
-        """Returns [B], how sure the router is that a row belongs to any expert, from its scores [B, E]."""
-        return scores.amax(-1)
+        """Returns [B], how sure the router is that a row belongs to any expert, from its scores [B, E].
+
+        How far the best score stands above the mean: what lifts or lowers all alike says nothing of a row's expert.
+        """
+        known = scores.masked_fill(scores.isneginf(), float("nan"))  # an expert of which no row was seen has no score
+        return scores.amax(-1) - known.nanmean(-1)
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns scores [B, E] of features [B, d], in fp32 also under autocast."""
@@ -102,33 +122,27 @@ class LinearRouter(ExpertRouter):
             scores = scores + torch.randn_like(scores) * functional.softplus(self.noise(features))
         return scores
 
-    def confidence(self, scores: Tensor) -> Tensor:
-        """Returns log Σ exp z, large where any expert claims the row."""
-        return scores.logsumexp(-1)
-
-    @torch.enable_grad()
+    @torch.inference_mode(False)  # else nothing could be fitted there
     def add(self, new: int, features: Tensor, experts: Tensor) -> None:
         """Fits the new expert's row of W to the cross-entropy of all rows, in fp64; every other row stays as it is.
 
-        The rows of the old experts teach the new one what to leave alone. The problem is convex.
+        The rows of the old experts teach the new one what to leave alone. Of their scores only the log-sum-exp r
+        matters: the cross-entropy is that of a logistic regression with logits z_new - r, which is convex.
         """
         prepared = self.prepare(features.detach()).double()
         others = prepared @ self.gate.weight.detach().double().T
+        others[:, new] = float("-inf")
+        rest, own = others.logsumexp(-1), (experts == new).double()
         row = prepared.new_zeros(prepared.shape[1], requires_grad=True)
         solver = torch.optim.LBFGS([row], max_iter=300, history_size=20, line_search_fn="strong_wolfe")
-        column = torch.arange(others.shape[1], device=others.device) == new
 
         def loss() -> Tensor:
             solver.zero_grad()
-            scores = torch.where(column, (prepared @ row).unsqueeze(1), others)
-            value = functional.cross_entropy(scores, experts) + DECAY * row.square().sum()
+            value = functional.binary_cross_entropy_with_logits(prepared @ row - rest, own)
+            value = value + DECAY * row.square().sum()
             value.backward()
             return value
 
         solver.step(loss)  # pyright: ignore[reportArgumentType]
         with torch.no_grad():
             self.gate.weight[new] = row.float()
-
-
-DECAY = 1e-4
-"""Of the fit of one row alone, which would grow without end where the new rows can be told apart."""

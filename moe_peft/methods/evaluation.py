@@ -30,6 +30,8 @@ ROUTED_AS = "as_task/"
 """In a prediction's routing: the task that a row was routed as, where that is not its own."""
 NOBODY = "none"
 """Instead of a task, where no expert was good enough for a row."""
+CONFIDENCE = "confidence"
+"""In a prediction's routing: how sure the router was that the row belongs to any expert."""
 NUMBER = re.compile(r"[-+]?\d*\.?\d+")
 
 
@@ -79,10 +81,10 @@ class EvaluationSteps(Part):
     def on_validation_epoch_end(self) -> None:
         """Logs each task's metric, their mean (`val/mean`, the monitored value) and the method's diagnostics."""
         module = self._module()
-        predictions = gather(self.predictions["model"])
+        self.predictions = {"model": gather(self.predictions["model"])}
         if self.trainer.sanity_checking:
             return
-        self._log_scores("val", predictions)
+        self._log_scores("val", self.predictions["model"])
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.log_dict(module.diagnostics())
 
@@ -179,7 +181,7 @@ def as_prediction(
 def routing_summary(module: "MultitaskModule", batch: Batch, first: list[int]) -> list[dict[str, float] | None]:
     """Mean routing weight of every expert over a row's real tokens and all layers, where routing was recorded.
 
-    A row that was routed as another task says in any case which one.
+    A row that was routed as another task says in any case which one, and how sure the router was if it was asked.
 
     Args:
         module: its context holds the records of the batch's forward.
@@ -189,6 +191,10 @@ def routing_summary(module: "MultitaskModule", batch: Batch, first: list[int]) -
     records = list(module.context.records.values())
     sequences = len(batch["row_id"])
     known = [{ROUTED_AS + name: 1.0} if name else {} for name in routed_as(module, batch, first)]
+    confidence = module.context.get(CONFIDENCE, sequences)
+    if confidence is not None:
+        values = confidence.tolist()
+        known = [row | {CONFIDENCE: values[at]} for at, row in zip(first, known, strict=True)]
     if not records or any(record.weights.shape[0] not in (1, sequences) for record in records):
         return [row or None for row in known]
     mask = batch["attention_mask"].to(torch.float32)
@@ -209,8 +215,8 @@ def routed_as(module: "MultitaskModule", batch: Batch, first: list[int]) -> list
     rows, own = module.context.get("task_id", len(batch["row_id"])), batch["task_id"]
     if rows is None:
         return [None] * len(first)
-    pairs = [(int(rows[at]), int(own[at])) for at in first]
-    return [None if row == task else module.task_of_row(row) for row, task in pairs]
+    pairs = list(zip(rows.tolist(), own.tolist(), strict=True))
+    return [None if pairs[at][0] == pairs[at][1] else module.task_of_row(pairs[at][0]) for at in first]
 
 
 def routed_shares(specs: Sequence[TaskSpec], predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:

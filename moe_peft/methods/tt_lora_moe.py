@@ -17,14 +17,15 @@ from torch.nn.functional import cross_entropy
 from moe_peft.batch import Batch
 from moe_peft.embedders import Embedder, HiddenStates
 from moe_peft.embedders.base import exact
-from moe_peft.layers.closed_form_router import ClosedFormRouter
-from moe_peft.layers.expert_cache import ExpertCache
+from moe_peft.layers.expert_cache import NULL, ExpertCache
 from moe_peft.layers.expert_router import ExpertRouter, LinearRouter
 from moe_peft.layers.experts import ExpertLinear
 from moe_peft.layers.factors import TensorTrainFactors, TrainInit
 from moe_peft.methods.base import MultitaskModule
-from moe_peft.methods.evaluation import NOBODY, confusion
+from moe_peft.methods.evaluation import CONFIDENCE, NOBODY
 from moe_peft.methods.expert_clipping import clip_per_expert
+from moe_peft.methods.refusal import NO_LIMIT
+from moe_peft.methods.routing_report import router_accuracy, router_notes
 from moe_peft.methods.training import LossMean
 from moe_peft.methods.tt_lora import Shapes, check_shapes, layout_for
 from moe_peft.predictions import Prediction
@@ -58,6 +59,8 @@ class TTLoRAMoE(MultitaskModule):
     default_loss_mean: ClassVar[LossMean] = "task"
     router_trained: Tensor
     """[] bool: whether the router has made a step."""
+    null_below: Tensor
+    """[] fp32: a row that the router is less sure of is served by the bare base (see the NullExpert callback)."""
 
     def __init__(
         self,
@@ -102,6 +105,7 @@ class TTLoRAMoE(MultitaskModule):
         device = self.features.center.device
         self.router.build(len(self.features.center), len(self.specs), device)
         self.register_buffer("router_trained", torch.zeros((), dtype=torch.bool, device=device))
+        self.register_buffer("null_below", torch.full((), NO_LIMIT, device=device))
         self.router.train(self.training)
         self.cache = ExpertCache(self.expert_layers(), self.cache_megabytes * MEGABYTE)
 
@@ -142,8 +146,12 @@ class TTLoRAMoE(MultitaskModule):
         """Returns the router's scores [B, E] of the batch's prompts."""
         return self.router(self.prompt_features(batch))
 
+    def choose(self, scores: Tensor) -> Tensor:
+        """Returns the expert [B] of the largest of the scores [B, E]; -1 where the router is not sure of any."""
+        return scores.argmax(-1).masked_fill(self.router.confidence(scores) < self.null_below, NULL)
+
     def routed_tasks(self, batch: Batch) -> Tensor:
-        """Returns the expert [B] that serves each row.
+        """Returns the expert [B] that serves each row; -1 is the bare base.
 
         Raises:
             ValueError: the router was asked for and never trained, or a task id that there is not.
@@ -159,7 +167,7 @@ class TTLoRAMoE(MultitaskModule):
         if not (self.training or self.router_trained):
             raise ValueError("routing: the router was never trained; train it first, or use routing: oracle")
         self._scores = self.scores(batch)
-        return self._scores.argmax(-1)
+        return self._scores.argmax(-1) if self.training else self.choose(self._scores)
 
     def head_tasks(self, batch: Batch) -> Tensor:
         """The chosen expert's head answers."""
@@ -167,14 +175,19 @@ class TTLoRAMoE(MultitaskModule):
         return batch["task_id"] if chosen is None else chosen
 
     def routing_facts(self, batch: Batch) -> dict[str, Tensor]:
-        """Adds to each row's expert its weight, where it has a gradient, or its line in the table of folded experts."""
+        """Adds what the layers need of each row's expert, and how sure the router was of it.
+
+        Its weight where that has a gradient; elsewhere its line in the table of folded experts.
+        """
         self._scores = None
         facts = super().routing_facts(batch)
         if not self.context.enabled or "task_id" not in facts:
             return facts
-        if self.training and self._scores is not None:
+        if self._scores is not None and self.training:
             chosen = self._scores.softmax(-1).gather(1, facts["task_id"].unsqueeze(1)).squeeze(1)
             facts["weight"] = 1 + (chosen - chosen.detach())  # exactly 1
+        elif self._scores is not None:
+            facts[CONFIDENCE] = self.router.confidence(self._scores)
         assert self.cache is not None
         # None where gradients are on too: all is forgotten there.
         line = None if self.merged_task is not None else self.cache.lines(facts["task_id"])
@@ -185,22 +198,14 @@ class TTLoRAMoE(MultitaskModule):
         return NOBODY if row < 0 else self.specs[row].name
 
     def routing_metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        """Returns the router's accuracy over all rows, and for every task the share of its rows that it got right."""
-        if not self.routes:
-            return {}
-        table = confusion(self.specs, predictions)
-        right = {name: own[name] / own.total() for name, own in table.items() if own}
-        rows = sum(own.total() for own in table.values())
-        hits = sum(own[name] for name, own in table.items())
-        return {"router/accuracy": hits / rows} | {f"router/{name}": share for name, share in right.items()}
+        """Returns the share of all rows, and of every task's, that reached the right expert; a refused row did not."""
+        return router_accuracy(self.specs, predictions) if self.routes else {}
 
     def routing_notes(self) -> dict[str, str]:
         """Returns how the tested rows found their experts."""
-        if not self.routes:
-            return {spec.name: "every row went to its own task's expert" for spec in self.specs}
-        shares = self.routing_metrics(self.predictions["model"]).items()
-        found = {name.removeprefix("router/"): f"the router found {share:.1%} of its rows" for name, share in shares}
-        return {spec.name: found[spec.name] for spec in self.specs if spec.name in found}
+        if self.routes:
+            return router_notes(self.specs, self.predictions["model"])
+        return {spec.name: "every row went to its own task's expert" for spec in self.specs}
 
     # ---- losses -----------------------------------------------------------------------------------------------------
 
@@ -217,7 +222,7 @@ class TTLoRAMoE(MultitaskModule):
         """
         if "routers" in self.closed_groups:
             return {}
-        if isinstance(self.router, ClosedFormRouter):
+        if not self.router.learns_by_gradient:
             if self.training:
                 self.router.observe(self.prompt_features(batch), batch["task_id"])
                 self.router_trained.fill_(True)
@@ -238,6 +243,8 @@ class TTLoRAMoE(MultitaskModule):
 
         One common norm would couple the experts: each would learn otherwise than alone.
         """
+        if all(parameter.grad is None for parameter in self.parameters()):
+            return  # a router without a gradient learns; torch clips no empty list by value
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             clip_per_expert(self, float(gradient_clip_val))
         else:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from moe_peft.batch import Batch
 from moe_peft.callbacks.freeze_then_route import FreezeThenRoute
+from moe_peft.layers.closed_form_router import PrototypeRouter, RidgeRouter
 from moe_peft.layers.expert_router import LinearRouter
 from tests.callbacks.tiny_stages import Watch, adamw, scripted, weights
 from tests.methods.tiny_tt import take, with_tasks
@@ -24,6 +25,7 @@ from tests.tiny import random_batch
 
 ROOT = Path(__file__).parents[2]
 STEPS, SWITCH = 8, 4
+ROUTERS = {"linear": lambda: LinearRouter(noise=False), "prototype": PrototypeRouter, "ridge": RidgeRouter}
 TASK_IDS = (0, 1, 2, 0)
 SCRIPT = [(0.1, 0.9, 0.5), (0.3, 0.2, 0.5)]
 """Validations after steps 2 and 4: the first expert is best at the second, the others at the first."""
@@ -57,8 +59,8 @@ class LoggedLoss(pl.Callback):
         self.losses.append(trainer.callback_metrics["train/loss"].clone())
 
 
-def main(processes: int, folder: str) -> None:
-    module = scripted("classifier", *SCRIPT, optimizer=adamw, router=LinearRouter(noise=False))
+def main(processes: int, folder: str, router: str) -> None:
+    module = scripted("classifier", *SCRIPT, optimizer=adamw, router=ROUTERS[router]())
     start, watch, logged = weights(module), Watch(), LoggedLoss()
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -78,13 +80,14 @@ def main(processes: int, folder: str) -> None:
     )
     trainer.fit(module, DataLoader(Share(processes), batch_size=None), DataLoader(Share(processes, 1), batch_size=None))
     seen = {"start": start, "after": watch.after, "validated": watch.validated, "losses": logged.losses}
+    seen["router"] = module.router.state_dict()
     torch.save(seen, Path(folder) / f"{processes}-{trainer.global_rank}.pt")
 
 
-def run_stages(processes: int, folder: Path) -> list[dict[str, Any]]:
+def run_stages(processes: int, folder: Path, router: str = "linear") -> list[dict[str, Any]]:
     """Fits in processes of their own; returns what each of them saw."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__, str(processes), str(folder)]
+    command = [sys.executable, __file__, str(processes), str(folder), router]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     results = [folder / f"{processes}-{rank}.pt" for rank in range(processes)]
     assert all(file.is_file() for file in results), done.stderr[-2000:]
@@ -92,4 +95,4 @@ def run_stages(processes: int, folder: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), *sys.argv[2:])

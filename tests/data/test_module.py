@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -190,6 +192,48 @@ def test_a_folder_that_is_not_under_the_root_is_one_clear_line(make_task, tmp_pa
             _ = MultitaskDataModule(["filmes"], ToyBackbone(), root=root).specs
         assert f"task folder '{path}' does not exist" in str(error.value) and "data.root" in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def outside(make_task, tmp_path, tasks, **arguments):
+    """A classifier's or a causal model's data on one task, with others as outside."""
+    make_task("films")
+    kind = arguments.pop("kind", "causal")
+    return MultitaskDataModule(["films"], ToyBackbone(kind), root=str(tmp_path), outside=tasks, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq", "classifier"])
+def test_prompts_of_outside_tasks_are_test_prompts_of_no_task_without_answers(make_task, tmp_path, kind):
+    twice = {"id": "0", "text": "after 7", "choices": ["8", "8"], "label": 0}
+    (make_task("next", kind="multiple_choice") / "test.jsonl").open("a").write(json.dumps(twice))
+    numbers = dict.fromkeys(("train", "validation", "test"), [{"id": "1", "text": "film 7 was", "value": 2.5}])
+    write_task(tmp_path / "stars", numbers, "regression", metric="pearson")
+    words = dict.fromkeys(("train", "validation", "test"), [{"id": "1", "text": "after 7", "target": "good " * 40}])
+    write_task(tmp_path / "tale", words, "generation", metric="exact_match")
+    data = outside(
+        make_task, tmp_path, ["next", TaskFolder("stars"), "tale"], kind=kind, max_length=8, eval_batch_size=4
+    )
+    data.setup("test")
+    found = {name: data.prompts(rows) for name, rows in data.outside_rows.items()}
+    assert {name: [len(batch["row_id"]) for batch in own] for name, own in found.items()} == {
+        "next": [4, 3], "stars": [1], "tale": [1]
+    }  # fmt: skip
+    for batch in (batch for own in found.values() for batch in own):
+        assert "labels" not in batch and "target" not in batch and set(batch["task_id"].tolist()) == {-1}
+        for text, ids, mask in zip(batch["text"], batch["input_ids"], batch["attention_mask"], strict=True):
+            assert data.backbone.tokenizer().decode(ids[mask == 1]) == text
+    assert found["stars"][0]["text"] == ["film 7 was :"] and len(data.specs) == 1
+
+
+def test_an_outside_task_of_the_name_of_another_is_refused(make_task, tmp_path):
+    with pytest.raises(ValueError, match="^tasks \\(with outside\\) hold 2 tasks called 'films'; rename or drop one"):
+        _ = outside(make_task, tmp_path, ["films"]).specs
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_setup_finds_an_outside_task_without_test_rows(make_task, tmp_path, stage):
+    (make_task("next") / "test.jsonl").unlink()
+    with pytest.raises(ValueError, match="next' has no test.jsonl"):
+        outside(make_task, tmp_path, ["next"]).setup(stage)
 
 
 def test_steps_of_numbers_reach_the_encoder(tmp_path):

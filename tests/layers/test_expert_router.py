@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from moe_peft.layers.expert_router import LinearRouter
+from moe_peft.layers.expert_router import DECAY, LinearRouter
 
 WIDTH, EXPERTS, ROWS = 8, 3, 4
 
@@ -62,3 +62,74 @@ def test_the_published_sizes(experts, numbers):
     made = LinearRouter()
     made.build(2048, experts, "meta")
     assert sum(parameter.numel() for parameter in made.parameters()) == numbers
+
+
+# ---- one more expert -------------------------------------------------------------------------------------------------
+
+
+def planted(count=60, spread=1.0):
+    """Rows of three experts that the router tells apart, and of a fourth, whose place lies between theirs."""
+    generator = torch.Generator().manual_seed(3)
+    own = torch.arange(count) % 4
+    places = torch.cat([4 * torch.eye(3, WIDTH), torch.full((1, WIDTH), 1.0)])
+    made = LinearRouter(normalise=False)
+    made.build(WIDTH, 4)
+    made.gate.weight.data.copy_(torch.cat([2 * torch.eye(3, WIDTH), torch.zeros(1, WIDTH)]))
+    return made.eval(), places[own] + spread * torch.randn(count, WIDTH, generator=generator), own
+
+
+def objective(made, features, own, row, new=3):
+    """The cross-entropy of all rows, by the plain formula in fp64, were the new expert's row this one."""
+    weight = torch.cat(
+        [made.gate.weight.detach().double()[:new], row[None], made.gate.weight.detach().double()[new + 1 :]]
+    )
+    return functional.cross_entropy(made.prepare(features).double() @ weight.T, own) + DECAY * row.square().sum()
+
+
+@pytest.mark.parametrize("new", [3, 1])
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("spread", [0.3, 3.0], ids=["separable", "mixed up"])
+def test_an_added_experts_row_is_the_optimum_of_the_cross_entropy_of_all_rows(new, normalise, spread):
+    made, features, own = planted(spread=spread)
+    made.normalise = normalise
+    made.add(new, features, own)
+    row = made.gate.weight[new].detach().double().requires_grad_()
+    best = objective(made, features, own, row, new)
+    (gradient,) = torch.autograd.grad(best, row)
+    (far,) = torch.autograd.grad(
+        objective(made, features, own, start := torch.zeros_like(row, requires_grad=True), new), start
+    )
+    assert gradient.abs().max() < 1e-4 * far.abs().max()
+    for step in torch.eye(WIDTH, dtype=torch.float64) * 1e-2:
+        assert (
+            min(objective(made, features, own, row + step, new), objective(made, features, own, row - step, new)) > best
+        )
+
+
+def test_an_added_expert_gets_its_rows_and_leaves_all_other_numbers_as_they_are():
+    made, features, own = planted(spread=0.3)
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    assert (made(features).argmax(-1) == own)[own != 3].all()
+    made.add(3, features, own)
+    assert ((made(features).argmax(-1) == own).float().mean()) > 0.99
+    for name, value in made.state_dict().items():
+        kept = slice(0, 3) if name == "gate.weight" else slice(None)
+        assert torch.equal(value[kept], before[name][kept]), name
+    assert made.gate.weight.grad is None and made.gate.weight.requires_grad
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_expert_can_be_added_where_nothing_else_learns(mode):
+    (made, features, own), (other, *_) = planted(), planted()
+    made.add(3, features, own)
+    with mode():
+        other.add(3, features.clone(), own.clone())
+    assert torch.equal(other.gate.weight, made.gate.weight)
+
+
+def test_scores_of_others_under_autocast_leave_the_added_row_as_it_is():
+    (made, features, own), (other, *_) = planted(), planted()
+    made.add(3, features, own)
+    with torch.autocast("cpu", torch.bfloat16):
+        other.add(3, features, own)
+    assert torch.equal(other.gate.weight, made.gate.weight)

@@ -192,6 +192,7 @@ def test_18_answers_and_losses_are_finite_whatever_expert_serves_a_row(kind):
             for row in predict_rows(module, batch):
                 assert len(row.scores) == len(TASKS[task].choices)
                 assert torch.tensor(row.scores).isfinite().all()
-                assert row.routing == (None if expert == task else {f"as_task/task{expert}": 1.0})
+                sure = {"confidence": pytest.approx(2 / 3)}
+                assert row.routing == (sure if expert == task else sure | {f"as_task/task{expert}": 1.0})
     send(module, *CHOSEN)
     assert module(rows_for(kind)).isfinite().all()
