@@ -16,7 +16,7 @@ from moe_peft.methods.base import MultitaskModule
 NAMED = (backbones, embedders, lora, more, trex, tt_lora, tt_lora_moe)
 
 
-SECTIONS = ("trainer", "data", "checkpoint", "results", "predictions", "seed_everything", "ckpt_path")
+SECTIONS = ("trainer", "data", "checkpoint", "results", "predictions", "seed_everything", "ckpt_path", "weights_only")
 PARTS = ("base", "trainable", "factors", "router", "embeddings", "gates", "prior", "heads")
 
 

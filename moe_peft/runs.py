@@ -1,6 +1,7 @@
 """A trained module out of its checkpoint alone: no data, no trainer, no configuration file."""
 
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentError
 
@@ -44,6 +45,26 @@ def load_module(checkpoint: str | Path, backbone: str | None = None) -> Multitas
     """
     path = find_checkpoint(checkpoint)
     content = read_checkpoint(path, "checkpoint")
+    module = untrained(path, content, backbone)
+    module.on_load_checkpoint(content)
+    module.load_state_dict(content["state_dict"])
+    return module.eval()
+
+
+def untrained(
+    path: Path, content: dict[str, Any], backbone: str | None = None, specs: list[TaskSpec] | None = None
+) -> MultitaskModule:
+    """Makes the module that a checkpoint is of, as it was before training and before anything is loaded.
+
+    Args:
+        path: the checkpoint, for the errors.
+        content: what it holds.
+        backbone: see `load_module`.
+        specs: its tasks; the checkpoint's own where not given.
+
+    Raises:
+        ValueError: a checkpoint that cannot stand alone.
+    """
     about = content["moe_peft"]
     for name, what in (("config", "the model's configuration"), ("specs", "its tasks' specifications")):
         if about.get(name) is None:
@@ -58,9 +79,7 @@ def load_module(checkpoint: str | Path, backbone: str | None = None) -> Multitas
         config = parser.parse_object({"model": model})
     except ArgumentError as error:
         raise ValueError(f"checkpoint: '{path}' has a model that is unknown here: {one_line(str(error))}") from None
-    config.model.init_args["tasks"] = [TaskSpec.from_saved(spec) for spec in about["specs"]]
+    config.model.init_args["tasks"] = specs or [TaskSpec.from_saved(spec) for spec in about["specs"]]
     module: MultitaskModule = parser.instantiate_classes(config)["model"]
     module.config = model
-    module.on_load_checkpoint(content)
-    module.load_state_dict(content["state_dict"])
-    return module.eval()
+    return module
