@@ -10,10 +10,10 @@ from tests.tiny_embedders import PROMPTS, bind, make_batch, texts
 
 READERS = [
     (lambda: InputEmbeddings(), "llama"),
-    (lambda: HiddenStates(2), "llama"),
-    (lambda: HiddenStates(1), "gpt2"),
-    (lambda: HiddenStates(2), "bert"),
-    (lambda: HiddenStates(2), "t5"),
+    (lambda: HiddenStates(2, keep=False), "llama"),
+    (lambda: HiddenStates(1, keep=False), "gpt2"),
+    (lambda: HiddenStates(2, keep=False), "bert"),
+    (lambda: HiddenStates(2, keep=False), "t5"),
 ]
 
 
@@ -29,7 +29,7 @@ def test_a_prompt_alone_embeds_as_in_a_batch(make, backbone):
     embedder = bind(make(), backbone)
     together = embedder.raw(make_batch(PROMPTS))
     alone = torch.cat([embedder.raw(make_batch([prompt])) for prompt in PROMPTS])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+    assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize(("make", "backbone"), READERS)
@@ -79,7 +79,7 @@ def test_hidden_states_ignore_the_adapters_and_the_backbones_dropout():
         def forward(self, x):
             return self.linear(x) + (1.0 if self.context[0].enabled else 0.0)
 
-    embedder = bind(HiddenStates(2), "bert")
+    embedder = bind(HiddenStates(2, keep=False), "bert")
     before = embedder.raw(make_batch(PROMPTS))
     _, model, context = embedder.bound
     model.encoder.layer[0].output.dense = Shift(model.encoder.layer[0].output.dense, context)
@@ -140,7 +140,7 @@ def test_forward_before_fit_is_refused():
 
 
 def test_autocast_changes_no_bit():
-    embedder = bind(HiddenStates(2))
+    embedder = bind(HiddenStates(2, keep=False))
     embedder.fit([make_batch(PROMPTS)])
     expected = embedder(make_batch(PROMPTS))
     with torch.autocast("cpu", torch.bfloat16):

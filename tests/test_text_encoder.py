@@ -59,6 +59,12 @@ def test_the_cache_goes_by_content(encoder_folder, tmp_path):
     assert not torch.allclose(prefixed.raw(texts("a b")), vectors[:1], atol=1e-3) and prefixed.encoded == 1
 
 
+def test_the_texts_that_are_encoded_with_it_change_no_bit_of_a_vector(encoder_folder):
+    rows = [" ".join("a b c d e f g h".split()[: 1 + count % 8] * (1 + count % 5)) for count in range(24)]
+    together, alone = (bind(TextEncoder(encoder_folder, max_length=64, cache_dir=None)) for _ in range(2))
+    assert torch.equal(together.raw(texts(*rows)), torch.cat([alone.raw(texts(row)) for row in rows]))
+
+
 def test_other_encoder_weights_miss_the_cache(encoder_folder, tmp_path):
     from transformers import BertModel
 

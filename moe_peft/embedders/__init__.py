@@ -1,7 +1,7 @@
 """Embedders: how a prompt becomes the vector that a semantic prior reads.
 
-The default costs one table lookup (`InputEmbeddings`); `HiddenStates` runs the frozen backbone once more, `TextEncoder`
-a second model, `TfIdf` none.
+The default costs one table lookup (`InputEmbeddings`); `HiddenStates` runs the frozen backbone once more, up to the
+layer that it reads, `TextEncoder` a second model, `TfIdf` none.
 """
 
 from moe_peft.embedders.backbone import HiddenStates, InputEmbeddings

@@ -5,20 +5,21 @@ Both see the prompt's tokens only, moved together to the left, so that neither p
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils.rnn import pad_sequence
 
 from moe_peft.backbones import Backbone, Classifier
 from moe_peft.batch import Batch
 from moe_peft.context import RoutingContext
 from moe_peft.embedders.base import Embedder, input_embeddings, mean_by_row, prompt_tokens
 from moe_peft.embedders.cache import EmbeddingCache
+from moe_peft.embedders.early_exit import EarlyExit
+from moe_peft.embedders.passes import Shape, is_sharded, padded, passes, shape_on
 
 
 class InputEmbeddings(Embedder):
@@ -40,26 +41,38 @@ class InputEmbeddings(Embedder):
 class HiddenStates(Embedder):
     """One layer's output, pooled over the prompt's tokens, from one more pass with the adapters off.
 
+    The layers after it do not run. A prompt's vector depends on its own tokens only, to the bit, so that a vector that
+    was kept is the one that the frozen base would give again. Under FSDP2, where all ranks must run the base together,
+    every batch makes one pass through all layers, and nothing is kept.
+
     Args:
         layer: 0 is the embedding output, n the output of the n-th layer (in a T5, of its encoder), null the last one.
         pooling: "mean" over the prompt's tokens, its "last" token, or "auto": last for a decoder, mean otherwise.
-        keep: keep the vectors of texts seen before in memory, by their tokens: the frozen base gives them again. They
-            are those of the first batch that held the text, so they depend on its other rows as far as rounding does.
+        keep: keep the vectors of prompts seen before, 512 MiB of them in memory.
+        cache_dir: folder that keeps them for other runs too; "auto" is `embeddings` in the project's cache, null is
+            memory only.
     """
 
     def __init__(
-        self, layer: int | None, pooling: Literal["mean", "last", "auto"] = "mean", keep: bool = False
+        self,
+        layer: int | None,
+        pooling: Literal["mean", "last", "auto"] = "mean",
+        keep: bool = True,
+        cache_dir: str | None = None,
     ) -> None:
         super().__init__()
         if pooling not in ("mean", "last", "auto"):
             raise ValueError(f"HiddenStates: pooling {pooling!r} is unknown; use mean, last or auto")
-        self.layer, self.pooling, self.keep = layer, pooling, keep
-        self._kept = EmbeddingCache(None)
+        if cache_dir is not None and not keep:
+            raise ValueError(
+                f"HiddenStates: cache_dir {cache_dir!r} keeps vectors, but keep is false; drop one of them"
+            )
+        self.layer, self.pooling, self.keep, self.cache_dir = layer, pooling, keep, cache_dir
 
     def bind(self, backbone: Backbone, model: nn.Module, context: RoutingContext) -> None:
         """Binds as every embedder, and forgets the vectors of another model."""
         super().bind(backbone, model, context)
-        self._kept = EmbeddingCache(None)
+        self._exit, self._kept, self._base = EarlyExit(self.layer), EmbeddingCache.at(self.cache_dir), ""
 
     def _width(self) -> int:
         backbone = self.bound.backbone
@@ -71,32 +84,47 @@ class HiddenStates(Embedder):
     def raw(self, batch: Batch) -> Tensor:
         """Returns [B, d] fp32."""
         tokens, lengths = prompt_tokens(batch)
-        if not self.keep:
-            return self._states(tokens, lengths)
         texts = tokens.split(lengths.tolist())
-        keys = [EmbeddingCache.key(str(text.tolist())) for text in texts]
+        if not self.keep or is_sharded(self._trunk):
+            return self._states(texts)
+        keys = [self._key(text) for text in texts]
         vectors: dict[str, Any] = {key: self._kept.get(key) for key in keys}
         missing = {key: text for key, text in zip(keys, texts, strict=True) if vectors[key] is None}
         if missing:
-            new = list(missing.values())
-            states = self._states(torch.cat(new), torch.tensor([len(text) for text in new], device=tokens.device))
-            for key, state in zip(missing, states.cpu().numpy(), strict=True):
+            for key, state in zip(missing, self._states(list(missing.values())).cpu().numpy(), strict=True):
                 self._kept.put(key, state)
                 vectors[key] = state
         return torch.from_numpy(numpy.stack([vectors[key] for key in keys])).to(tokens.device)
 
-    def _states(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Returns the pooled states [B, d] of prompts whose tokens [n] lie one after another."""
-        backbone, model, context = self.bound
+    def _key(self, text: Tensor) -> str:
+        """Names a prompt's vector, by its tokens and by what they go through."""
+        if not self._base:
+            self._base = f"{self.fingerprint()} in {next(self.bound.model.parameters()).dtype}"
+        return EmbeddingCache.key(self._base, str(text.tolist()))
+
+    @property
+    def _trunk(self) -> nn.Module:
+        """What the prompt goes through: all of a model but the decoder that writes an encoder's answers."""
+        backbone, model, _ = self.bound
+        return model.get_encoder() if backbone.kind == "seq2seq" else model  # pyright: ignore[reportCallIssue]
+
+    def _states(self, texts: Sequence[Tensor]) -> Tensor:
+        """Returns the pooled states [N, d] of prompts, each of them [tokens]."""
+        lengths = [len(text) for text in texts]
+        trunk, found = self._trunk, self.center.new_empty(len(texts), len(self.center), dtype=torch.float32)
+        shape = Shape(len(texts), max(lengths)) if is_sharded(trunk) else shape_on(found.device)
+        with self.bound.context.disabled(), _evaluating(trunk):
+            for rows in passes(lengths, shape):
+                found[rows] = self._pooled(trunk, [texts[row] for row in rows], shape.step)
+        return found
+
+    def _pooled(self, trunk: nn.Module, texts: Sequence[Tensor], step: int) -> Tensor:
+        """Returns the pooled states [B, d] of one pass."""
         # Right padding after the prompt alone: positions count from 0 and an answer is not there to be seen.
-        input_ids = pad_sequence(list(tokens.split(lengths.tolist())), batch_first=True)
-        mask = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
-        trunk = model.get_encoder() if backbone.kind == "seq2seq" else model  # pyright: ignore[reportCallIssue]
-        with context.disabled(), _evaluating(trunk):
-            output = trunk(
-                input_ids=input_ids, attention_mask=mask.long(), output_hidden_states=True, **_savings(trunk)
-            )
-        states = output.hidden_states[-1 if self.layer is None else self.layer]
+        input_ids, mask = padded(texts, step)
+        lengths = mask.sum(1)
+        states = self._exit.states(trunk, input_ids=input_ids, attention_mask=mask.long(), **_savings(trunk))
+        backbone = self.bound.backbone
         decoder = backbone.kind == "causal" or (isinstance(backbone, Classifier) and backbone.pooled_by == "last")
         if self.pooling == "last" or (self.pooling == "auto" and decoder):
             return states[torch.arange(len(lengths), device=lengths.device), lengths - 1].float()

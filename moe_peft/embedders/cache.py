@@ -9,13 +9,15 @@ import logging
 import os
 import uuid
 from pathlib import Path
+from typing import Self
 
 import numpy
 
 logger = logging.getLogger(__name__)
 
-MEMORY_LIMIT = 100_000
-"""Vectors kept in memory; the folder keeps all."""
+MEMORY_LIMIT = 512 * 2**20
+"""Bytes of vectors that a cache keeps in memory. Those that come later are on disk only, if there is a folder: to drop
+the oldest instead would drop every vector before it is asked for again, where an epoch is larger than the limit."""
 
 
 class EmbeddingCache:
@@ -29,6 +31,16 @@ class EmbeddingCache:
         self.folder = folder
         # Plain arrays: tensors made under inference mode could not take part in training later.
         self._memory: dict[str, numpy.ndarray] = {}
+        self._bytes = 0
+
+    @classmethod
+    def at(cls, cache_dir: str | None) -> Self:
+        """Returns the cache that a `cache_dir` argument names: "auto" is `embeddings` in the project's cache."""
+        from moe_peft.files import CACHE
+
+        if cache_dir is None:
+            return cls(None)
+        return cls(CACHE / "embeddings" if cache_dir == "auto" else Path(cache_dir).expanduser())
 
     @staticmethod
     def key(*parts: str) -> str:
@@ -37,12 +49,14 @@ class EmbeddingCache:
 
     def get(self, key: str) -> numpy.ndarray | None:
         """Returns the vector, or None if it is unknown or its file is damaged."""
-        if key not in self._memory and self.folder is not None:
-            try:
-                self._remember(key, numpy.load(self._file(self.folder, key), allow_pickle=False))
-            except (OSError, ValueError, EOFError):
-                return None
-        return self._memory.get(key)
+        if key in self._memory or self.folder is None:
+            return self._memory.get(key)
+        try:
+            vector = numpy.load(self._file(self.folder, key), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        self._remember(key, vector)
+        return vector
 
     def put(self, key: str, vector: numpy.ndarray) -> None:
         """Stores a vector; a folder that cannot be written costs speed only, so it is reported once and left."""
@@ -63,9 +77,10 @@ class EmbeddingCache:
                 temporary.unlink()
 
     def _remember(self, key: str, vector: numpy.ndarray) -> None:
-        if len(self._memory) >= MEMORY_LIMIT:
-            self._memory.pop(next(iter(self._memory)))
-        self._memory[key] = vector
+        if key not in self._memory and self._bytes + vector.nbytes <= MEMORY_LIMIT:
+            # A copy: a row of a larger array would keep all of it alive.
+            self._memory[key] = vector.copy()
+            self._bytes += vector.nbytes
 
     @staticmethod
     def _file(folder: Path, key: str) -> Path:

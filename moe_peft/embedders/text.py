@@ -7,7 +7,6 @@ Shapes: B rows, S tokens, d embedding width.
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
@@ -18,9 +17,7 @@ from torch.nn import functional
 from moe_peft.batch import Batch
 from moe_peft.embedders.base import Embedder, exact, mean_by_row, prompt_rows
 from moe_peft.embedders.cache import EmbeddingCache
-
-CHUNK = 32
-"""Texts per forward of the encoder, of similar length."""
+from moe_peft.embedders.passes import padded, passes, shape_on
 
 
 class _Encoder(NamedTuple):
@@ -70,33 +67,31 @@ class TextEncoder(Embedder):
         return f"TextEncoder(max_length={self.max_length}, prefix={self.prefix!r}) of {self._encoder.digest}"
 
     def _encode(self, texts: Sequence[str]) -> list[numpy.ndarray]:
-        """Runs the encoder, texts of similar length together; returns [d] vectors in the order of `texts`."""
+        """Runs the encoder; returns [d] vectors in the order of `texts`."""
+        if not texts:
+            return []
         vectors: list[numpy.ndarray] = [numpy.empty(0)] * len(texts)
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        for start in range(0, len(order), CHUNK):
-            chunk = order[start : start + CHUNK]
-            encoded = self._run([texts[index] for index in chunk]).cpu().numpy()
-            for index, vector in zip(chunk, encoded, strict=True):
-                vectors[index] = vector.copy()
+        cut = self._encoder.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        tokens = [torch.tensor(ids, device=self.center.device) for ids in cut]
+        for rows in passes([len(ids) for ids in tokens], shape_on(self.center.device)):
+            encoded = self._run([tokens[row] for row in rows]).cpu().numpy()
+            for row, vector in zip(rows, encoded, strict=True):
+                vectors[row] = vector
         return vectors
 
-    def _run(self, texts: list[str]) -> Tensor:
+    def _run(self, texts: Sequence[Tensor]) -> Tensor:
+        """Returns the vectors [B, d] of one pass over token ids, each [tokens]."""
         tokenizer, model, _ = self._encoder
         device = self.center.device
-        inputs = tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        inputs = inputs.to(device)
+        # Encoders that count positions by their pad token need that one.
+        input_ids, mask = padded(texts, shape_on(device).step, tokenizer.pad_token_id or 0)
         with exact(device):
-            hidden = model.to(device)(**inputs).last_hidden_state
-            mask = inputs["attention_mask"].bool()
+            hidden = model.to(device)(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
             return functional.normalize(mean_by_row(hidden[mask], mask.sum(1)), dim=-1)
 
     @cached_property
     def _cache(self) -> EmbeddingCache:
-        from moe_peft.files import CACHE
-
-        if self.cache_dir is None:
-            return EmbeddingCache(None)
-        return EmbeddingCache(CACHE / "embeddings" if self.cache_dir == "auto" else Path(self.cache_dir).expanduser())
+        return EmbeddingCache.at(self.cache_dir)
 
     @property
     def _encoder(self) -> _Encoder:

@@ -43,7 +43,7 @@ class TTLoRAMoE(MultitaskModule):
         shapes: modes by size of linear (see `TTLoRA`).
         init: how experts start, "zero" or "official".
         features: what the router reads of a prompt; default: the last hidden state of the frozen base, at the last
-            token of a decoder and averaged over tokens otherwise, kept in memory (`HiddenStates` with keep).
+            token of a decoder and averaged over tokens otherwise, computed once per text (`HiddenStates`).
         router: what chooses the expert: `LinearRouter` (default) learns by gradient, `PrototypeRouter` and
             `RidgeRouter` from sums over the rows that they are shown.
         router_weight: weight of the router's cross-entropy, where it learns by gradient.
@@ -83,7 +83,7 @@ class TTLoRAMoE(MultitaskModule):
             raise ValueError(f"router_weight: {router_weight} leaves the router without a loss; give more than 0")
         self.rank, self.alpha, self.dropout, self.shapes = rank, alpha, dropout, shapes or {}
         self.init: TrainInit = init
-        self.features = features or HiddenStates(None, "auto", keep=True)
+        self.features = features or HiddenStates(None, "auto")
         self.router = router or LinearRouter()
         if straight_through and not self.router.learns_by_gradient:
             raise ValueError(
