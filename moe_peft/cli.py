@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from moe_peft import backbones, embedders
+from moe_peft import counting
 from moe_peft.callbacks import (
     ablation,
     checkpoints,
@@ -30,16 +30,13 @@ from moe_peft.callbacks.progress import PlainProgress
 from moe_peft.callbacks.resume import ExactResume
 from moe_peft.checkpoint import LOCATION, TRAINING, conflicts, read_checkpoint
 from moe_peft.data import module as data_module
-from moe_peft.layers import closed_form_router, expert_router
 from moe_peft.loggers import MetricsCSV
 from moe_peft.messages import one_line
-from moe_peft.methods import lora, more, trex, tt_lora, tt_lora_moe
 from moe_peft.methods.base import MultitaskModule
 
 # Imported so that their classes are known to the configuration by bare name.
 CALLBACKS = (ablation, confusion, freeze_then_route, null_expert, rank_report, semantic_prior, task_contrast, transfer)
-METHODS = (lora, more, trex, tt_lora, tt_lora_moe)
-NAMED = (backbones, embedders, closed_form_router, expert_router, *CALLBACKS, *METHODS)
+NAMED = (*counting.NAMED, *CALLBACKS)
 # Precisions that cast the whole module, adapters included.
 HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
@@ -114,7 +111,12 @@ class CLI(LightningCLI):
             )
         if not path or path in ("hpc", "registry"):
             return
-        there, here = read_checkpoint(path)["moe_peft"]["config"], plain_model_config(config)
+        content = read_checkpoint(path)
+        if self.config.subcommand == "fit" and "optimizer_states" not in content:
+            raise ValueError(
+                f"ckpt_path: {str(path)!r} holds a model only, no training to go on with; test it, or grow it further"
+            )
+        there, here = content["moe_peft"]["config"], plain_model_config(config)
         free = LOCATION if self.config.subcommand == "fit" else LOCATION + TRAINING
         found = [] if there is None else conflicts(there, here, free)
         if found:

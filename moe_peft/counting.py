@@ -8,12 +8,13 @@ from jsonargparse import ArgumentParser, Namespace
 
 from moe_peft import backbones, embedders
 from moe_peft.data.tasks import TaskSpec
+from moe_peft.layers import closed_form_router, expert_router
 from moe_peft.layers.rank_selector import TaskEmbedding
 from moe_peft.methods import lora, more, trex, tt_lora, tt_lora_moe
 from moe_peft.methods.base import MultitaskModule
 
 # Imported so that their classes are known to the configuration by bare name.
-NAMED = (backbones, embedders, lora, more, trex, tt_lora, tt_lora_moe)
+NAMED = (backbones, embedders, closed_form_router, expert_router, lora, more, trex, tt_lora, tt_lora_moe)
 
 
 SECTIONS = ("trainer", "data", "checkpoint", "results", "predictions", "seed_everything", "ckpt_path", "weights_only")

@@ -49,6 +49,18 @@ def test_no_layer_is_the_models_own_last_state(backbone):
     torch.testing.assert_close(embedder.raw(make_batch(PROMPTS[:1])), expected, rtol=0, atol=1e-6)
 
 
+def test_a_folder_does_not_mix_what_auto_stands_for(tmp_path):
+    """One decoder as a classifier's backbone, pooled by its last token and then by the mean."""
+    vectors = []
+    for pooling in ("last", "mean"):
+        backbone = Classifier("tiny", dtype="float32", shape=LLAMA, random_weights=True, pooling=pooling)
+        torch.manual_seed(0)
+        embedder = HiddenStates(None, "auto", cache_dir=str(tmp_path))
+        embedder.bind(backbone, backbone.load(), RoutingContext())
+        vectors.append(embedder.raw(make_batch(PROMPTS)))
+    assert (vectors[0] - vectors[1]).abs().max() > 1e-2
+
+
 # ---- a vector is its text's own --------------------------------------------------------------------------------------
 
 
@@ -182,7 +194,8 @@ def test_a_folder_for_nothing_is_refused():
 
 def test_fingerprints_tell_poolings_apart_and_keeping_is_no_difference():
     prints = [bind(HiddenStates(1, pooling)).fingerprint() for pooling in ("mean", "last", "auto")]
-    assert len({*prints, bind(HiddenStates(None)).fingerprint()}) == 4
+    assert prints[2] == prints[1], "what auto stands for, here a decoder's last token"
+    assert len({*prints, bind(HiddenStates(None)).fingerprint()}) == 3
     assert bind(HiddenStates(1, "last", keep=False)).fingerprint() == prints[1]
     assert prints[0].startswith("HiddenStates(layer=1) of "), "checkpoints of older runs name it so"
 

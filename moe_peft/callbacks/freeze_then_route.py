@@ -181,9 +181,7 @@ class FreezeThenRoute(Callback):
                 for parameter in groups.get(name, ()):
                     optimizer.state.pop(parameter, None)
         self._set_spans(trainer, trainer.global_step, int(trainer.estimated_stepping_batches))
-        for checkpoint in trainer.checkpoint_callbacks:
-            if isinstance(checkpoint, AdapterCheckpoint):
-                checkpoint.forget_best(trainer)
+        _forget_best(trainer)
         if trainer.is_global_zero:
             logger.info("stage two begins at step %d: experts are frozen, the router learns", trainer.global_step)
 
@@ -202,7 +200,11 @@ class FreezeThenRoute(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps experts that were never better, or have no validation; ends stage one where none improves for long."""
         assert isinstance(pl_module, TTLoRAMoE)
-        if trainer.sanity_checking or self.opened or trainer.state.fn != TrainerFn.FITTING:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if self.opened:
+            if not pl_module.router.learns_by_gradient:  # its sums only become better: the latest are the best
+                _forget_best(trainer)
             return
         improved, unknown = [], []
         for task, spec in enumerate(pl_module.specs):
@@ -230,3 +232,9 @@ class FreezeThenRoute(Callback):
         """Takes over what `state_dict` gave."""
         for name, value in state_dict.items():
             setattr(self, name, value)
+
+
+def _forget_best(trainer: Trainer) -> None:
+    for checkpoint in trainer.checkpoint_callbacks:
+        if isinstance(checkpoint, AdapterCheckpoint):
+            checkpoint.forget_best(trainer)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_peft.batch import Batch
 from moe_peft.callbacks.rank_report import write_csv
-from moe_peft.methods.refusal import NO_LIMIT, Refusal, confidences_of, refusals, summary, threshold
+from moe_peft.methods.refusal import Refusal, confidences_of, refusals, summary, threshold
 from moe_peft.methods.tt_lora_moe import TTLoRAMoE
 
 logger = logging.getLogger(__name__)
@@ -41,15 +41,11 @@ class NullExpert(Callback):
         self.keep = keep
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses a method without a router for whole inputs."""
+        """Refuses a method without a router for whole inputs, and a router that has nothing to choose from."""
         if not isinstance(pl_module, TTLoRAMoE):
             raise ValueError(f"NullExpert: {type(pl_module).__name__} routes no whole inputs; drop this callback")
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes back the last threshold: the router has learned since."""
-        assert isinstance(pl_module, TTLoRAMoE)
-        if _calibrates(trainer):
-            pl_module.null_below.fill_(NO_LIMIT)
+        if len(pl_module.specs) < 2:
+            raise ValueError("NullExpert: with one expert a router is equally sure of every input; drop this callback")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sets the threshold, the same on all ranks, before checkpoint callbacks, which come last, save it."""

@@ -29,6 +29,7 @@ from moe_peft.layers.representation import Representation
 from moe_peft.methods.base import MultitaskModule
 from moe_peft.methods.nearest_task import nearest_task
 from moe_peft.methods.task_rows import NEW, sources, task_tables, with_heads, with_rows
+from moe_peft.methods.tt_lora_moe import TTLoRAMoE
 from moe_peft.runs import find_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,11 @@ class TransferFrom(Callback):
                 gate.requires_grad_(False)
 
     def _take_over(self, trainer: Trainer, module: MultitaskModule) -> None:
+        if isinstance(module, TTLoRAMoE):
+            raise ValueError(
+                "TransferFrom: a TTLoRAMoE's experts belong to their tasks; collect exported ones with FreezeThenRoute "
+                "expert_paths, or add one with tools/add_expert.py"
+            )
         path = find_checkpoint(Path(self.checkpoint).expanduser())
         content = read_checkpoint(path, "TransferFrom: checkpoint")
         about, state = content["moe_peft"], content["state_dict"]

@@ -53,7 +53,7 @@ class MultitaskDataModule(LightningDataModule):
             the metric sees the value itself.
         predict_split: The split that `predict` runs on.
         outside: Tasks of any kind that are none of the mixture's, looked up as `tasks` are; a test reads their test
-            prompts to measure how well inputs from elsewhere are recognised (see the NullExpert callback).
+            prompts to measure how well inputs from elsewhere are recognised.
 
     Raises:
         ValueError: No task, two tasks of one name, or a size below 1.
@@ -118,11 +118,9 @@ class MultitaskDataModule(LightningDataModule):
         Raises:
             ValueError: Two tasks of one name, or a source that cannot be read.
         """
-        specs = [source.spec() for source in (*self.sources, *self.outside)]
-        name, count = Counter(spec.name for spec in specs).most_common(1)[0]
-        if count > 1:
-            raise ValueError(f"tasks (with outside) hold {count} tasks called '{name}'; rename or drop one of them.")
-        return specs[: len(self.sources)]
+        specs = [source.spec() for source in self.sources]
+        refuse_doubles([spec.name for spec in specs], "tasks holds")
+        return specs
 
     @property
     def notes(self) -> dict[str, str]:
@@ -159,7 +157,7 @@ class MultitaskDataModule(LightningDataModule):
         for source in self.sources:  # all splits now: a run must not train for an hour and then miss its test rows
             source.require(SPLITS)
         if stage in ("fit", "test"):
-            _ = self.outside_rows
+            refuse_doubles([*(spec.name for spec in self.specs), *self.outside_rows], "tasks and outside hold")
         for split in _STAGE_SPLITS.get(stage, ("test",)):
             self.rows(split)
         if stage == "fit":
@@ -218,6 +216,7 @@ class MultitaskDataModule(LightningDataModule):
     @cached_property
     def outside_rows(self) -> dict[str, list[EncodedRow]]:
         """The encoded test prompts of the tasks in `outside`, by task name."""
+        refuse_doubles([source.spec().name for source in self.outside], "outside holds")
         return {source.spec().name: encode_prompts(self.encoder, source) for source in self.outside}
 
     def prompts(self, rows: Sequence[EncodedRow]) -> list[Batch]:
@@ -268,3 +267,10 @@ class MultitaskDataModule(LightningDataModule):
         world_size, rank, _ = place_of(self.trainer)
         batches = group_for_evaluation(self.rows(split, labelled), self.eval_batch_size, world_size, rank)
         return evaluation_loader(EvalBatches(batches, self.collator), self.num_workers, self.seed)
+
+
+def refuse_doubles(names: Sequence[str], what: str) -> None:
+    """Raises one line if a name is there twice."""
+    name, count = Counter(names).most_common(1)[0] if names else ("", 0)
+    if count > 1:
+        raise ValueError(f"{what} {count} tasks called '{name}'; names must be unique, rename or drop one.")

@@ -124,15 +124,22 @@ class HiddenStates(Embedder):
         input_ids, mask = padded(texts, step)
         lengths = mask.sum(1)
         states = self._exit.states(trunk, input_ids=input_ids, attention_mask=mask.long(), **_savings(trunk))
-        backbone = self.bound.backbone
-        decoder = backbone.kind == "causal" or (isinstance(backbone, Classifier) and backbone.pooled_by == "last")
-        if self.pooling == "last" or (self.pooling == "auto" and decoder):
+        if self.pooled_by == "last":
             return states[torch.arange(len(lengths), device=lengths.device), lengths - 1].float()
         return mean_by_row(states[mask], lengths)
 
+    @property
+    def pooled_by(self) -> Literal["mean", "last"]:
+        """The pooling, "auto" resolved."""
+        if self.pooling != "auto":
+            return self.pooling
+        backbone = self.bound.backbone
+        decoder = backbone.kind == "causal" or (isinstance(backbone, Classifier) and backbone.pooled_by == "last")
+        return "last" if decoder else "mean"
+
     def fingerprint(self) -> str:
         """Class, arguments and backbone weights."""
-        how = "" if self.pooling == "mean" else f", pooling={self.pooling}"
+        how = "" if self.pooled_by == "mean" else f", pooling={self.pooled_by}"
         return f"HiddenStates(layer={self.layer}{how}) of {self.bound.backbone.fingerprint(self.bound.model)}"
 
 

@@ -34,7 +34,7 @@ TENSORS, ABOUT = "expert.safetensors", "expert.json"
 
 
 class Expert(NamedTuple):
-    """One tensor-train expert with all that is needed to know where it fits."""
+    """One tensor-train expert, and where it fits but for the encoding: give a mixture the same data settings."""
 
     folder: Path
     """Where it lies."""

@@ -64,7 +64,7 @@ def add_expert(
     content = read_checkpoint(path, "run")
     with new_folder(out) as made:
         config = made / "config.yaml"
-        config.write_text(yaml.safe_dump(grown_config(run, task, out), sort_keys=False), encoding="utf-8")
+        config.write_text(yaml.safe_dump(grown_config(run, task, out, backbone), sort_keys=False), encoding="utf-8")
         data = load_data_module(["--config", str(config)])
         data.sources[-1].require(SPLITS)
         module = grown_module(path, content, data.specs, backbone)
@@ -84,8 +84,10 @@ def add_expert(
     return Growth(out, installed, routing)
 
 
-def grown_config(run: Path, task: str, out: Path) -> dict[str, Any]:
-    """Returns a run's configuration with one more task and another folder.
+def grown_config(run: Path, task: str, out: Path, backbone: str | None) -> dict[str, Any]:
+    """Returns a run's configuration with one more task, another folder and, where given, another place of the backbone.
+
+    Tasks from elsewhere (`data.outside`) are left out: the new one may have been among them.
 
     Raises:
         ValueError: a run without a configuration, or a task that is no YAML.
@@ -103,7 +105,10 @@ def grown_config(run: Path, task: str, out: Path) -> dict[str, Any]:
                 f"task: {task!r} is no YAML; give a folder, or {{class_path: ..., init_args: ...}}"
             ) from None
     config["data"]["init_args"]["tasks"].append(source)
+    config["data"]["init_args"]["outside"] = None
     config["trainer"]["default_root_dir"] = str(out)
+    if backbone is not None:
+        config["model"]["init_args"]["backbone"]["init_args"]["name"] = backbone
     config["ckpt_path"] = None
     return config
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from moe_peft.backbones import Classifier
 from moe_peft.interop.experts import ABOUT, Expert, read_expert
@@ -90,11 +91,14 @@ def check(module: TTLoRAMoE, expert: Expert | Lora, task_id: int) -> None:
             is above the mixture's, other classes or pooling, or a head that is there on one side only.
     """
     where = f"expert '{expert.folder}'"
-    if isinstance(expert, Expert) and expert.fingerprint != module.fingerprint:
+    if expert.fingerprint not in (None, module.fingerprint):
+        of = expert.backbone if isinstance(expert, Expert) else expert.base
         raise ValueError(
             f"{where} is of another base: fingerprint {expert.fingerprint}, here {module.fingerprint}; configure its "
-            f"backbone, {expert.backbone}"
+            f"backbone, {of}"
         )
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        raise ValueError(f"{where} cannot be taken into a sharded model; collect the experts in a fit on one device")
     if merged_layers(module):
         raise ValueError(f"{where} cannot be taken into a merged model; call unmerge() first")
     if module.alpha == 0:
@@ -102,7 +106,10 @@ def check(module: TTLoRAMoE, expert: Expert | Lora, task_id: int) -> None:
     own = expert.layouts if isinstance(expert, Expert) else expert.updates
     foreign = [slot for slot in own if slot not in module.adapted]
     if foreign:
-        raise ValueError(f"{where} adapts {foreign[0]}, which the mixture does not; set targets so that it does")
+        raise ValueError(
+            f"{where} adapts {foreign[0]}, which the mixture does not; set targets so that it does, or, if its "
+            "backbone has no linear of that name, train the expert on that kind of backbone"
+        )
     missing = [slot for slot in module.adapted if slot not in own]
     if missing and isinstance(expert, Expert):
         raise ValueError(f"{where} does not adapt {missing[0]}, which the mixture does; set targets as it had them")

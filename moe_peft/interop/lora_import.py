@@ -15,7 +15,7 @@ from moe_peft.interop.files import read_json, read_tensors
 from moe_peft.interop.heads import Head, read_head
 from moe_peft.interop.peft import LowRank
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS, RANKS = "adapter_config.json", "adapter_model.safetensors", "rank_table.json"
 VARIANTS = (
     *("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config"),
     *("monteclora_config", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters"),
@@ -34,6 +34,8 @@ class Lora(NamedTuple):
     """By the head or the rank table that our own exports have beside it, else the folder's name."""
     base: str | None
     """What the file calls its base model."""
+    fingerprint: str | None
+    """Of the frozen backbone, where the rank table of our own exports gives it."""
     updates: dict[str, LowRank]
     """By linear."""
     head: Head | None
@@ -65,8 +67,9 @@ def read_lora(folder: str | Path) -> Lora:
     if not halves:
         raise ValueError(f"'{file}' holds no tensors; export the folder again")
     updates = {slot: _update(folder / CONFIG, config, slot, own) for slot, own in halves.items()}
-    task, head = read_head(folder) or (_task_name(folder), None)
-    return Lora(folder, task, config.get("base_model_name_or_path"), updates, head)
+    table = read_json(folder / RANKS) if (folder / RANKS).is_file() else {}
+    task, head = read_head(folder) or (table.get("task", folder.absolute().name), None)
+    return Lora(folder, task, config.get("base_model_name_or_path"), table.get("fingerprint"), updates, head)
 
 
 def _refuse_variants(file: Path, config: dict[str, Any]) -> None:
@@ -105,8 +108,3 @@ def _setting(config: dict[str, Any], pattern: str, default: str, slot: str) -> f
         if re.match(rf"(.*\.)?({key})$", slot):
             return own
     return config[default]
-
-
-def _task_name(folder: Path) -> str:
-    table = folder / "rank_table.json"
-    return read_json(table).get("task", "") if table.is_file() else folder.absolute().name

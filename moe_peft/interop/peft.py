@@ -135,8 +135,8 @@ def _targets(module: MultitaskModule) -> list[str] | str:
 
 
 def _rank_table(module: MultitaskModule, task: int, ranks: dict[str, int]) -> dict[str, Any]:
-    """Returns the exported ranks by linear, and every task's where the method has a table of them."""
-    table: dict[str, Any] = {"task": module.specs[task].name, "ranks": ranks}
+    """Returns the exported ranks by linear, every task's where the method has a table of them, and whose base it is."""
+    table: dict[str, Any] = {"task": module.specs[task].name, "fingerprint": module.fingerprint, "ranks": ranks}
     find_all = getattr(module, "rank_table", None)
     if find_all is not None:
         table |= {"tasks": [spec.name for spec in module.specs], "table": find_all()}

@@ -51,7 +51,7 @@ class ClosedFormRouter(ExpertRouter):
         self._sum_up(features, experts, together=is_available() and is_initialized())
 
     @torch.no_grad()
-    def _sum_up(self, features: Tensor, experts: Tensor, together: bool = False) -> None:
+    def _sum_up(self, features: Tensor, experts: Tensor, together: bool = False, times: float = 1.0) -> None:
         prepared = self.prepare(features).double()  # autocast leaves fp64 alone
         if not torch.isfinite(prepared).all():  # no later row would make up for it
             raise ValueError(
@@ -60,7 +60,7 @@ class ClosedFormRouter(ExpertRouter):
         for name, part in self.parts(prepared, experts).items():
             if together:
                 all_reduce(part)
-            self.get_buffer(name).add_(part)
+            self.get_buffer(name).add_(part, alpha=times)
 
     def parts(self, features: Tensor, experts: Tensor) -> dict[str, Tensor]:
         """Returns what prepared features [B, d] in fp64 add to each buffer."""
@@ -68,13 +68,18 @@ class ClosedFormRouter(ExpertRouter):
         return {"counts": own.sum(0), "sums": own.T @ features}
 
     def rows_to_add(self) -> int:
-        """As many as an expert has on average: ridge regression leans towards those with more."""
+        """As many as an expert has on average; stage two counts a row in every epoch."""
         return round((self.counts.sum() / (self.counts > 0).sum().clamp(min=1)).item())
 
     def add(self, new: int, features: Tensor, experts: Tensor) -> None:
-        """Adds the new expert's rows to the sums; several processes give the same rows each."""
+        """Adds the new expert's rows to the sums; several processes give the same rows each.
+
+        They count as often as the rows of an old expert on average, since ridge regression leans towards those with
+        more.
+        """
         own = experts == new
-        self._sum_up(features[own], experts[own])
+        if own.any():
+            self._sum_up(features[own], experts[own], times=self.rows_to_add() / int(own.sum()))
 
     def scores(self, features: Tensor) -> Tensor:
         """Returns [B, E]; minus infinity for an expert of which no row was seen."""

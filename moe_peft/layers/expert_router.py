@@ -59,7 +59,7 @@ class ExpertRouter(nn.Module):
 
     def rows_to_add(self) -> int:
         """Returns how many rows of every expert `add` can make use of."""
-        return 300
+        raise NotImplementedError
 
     def add(self, new: int, features: Tensor, experts: Tensor) -> None:
         """Learns one more expert, whose rows are still zero.
@@ -121,6 +121,10 @@ class LinearRouter(ExpertRouter):
         if self.training and self.noise is not None:
             scores = scores + torch.randn_like(scores) * functional.softplus(self.noise(features))
         return scores
+
+    def rows_to_add(self) -> int:
+        """300 of each expert, fewer where there are very many."""
+        return max(10, min(300, 30_000 // self.gate.out_features))
 
     @torch.inference_mode(False)  # else nothing could be fitted there
     def add(self, new: int, features: Tensor, experts: Tensor) -> None:

@@ -222,6 +222,8 @@ class TTLoRAMoE(MultitaskModule):
         """
         if "routers" in self.closed_groups:
             return {}
+        if self.training:  # what was calibrated on the router as it was
+            self.null_below.fill_(NO_LIMIT)
         if not self.router.learns_by_gradient:
             if self.training:
                 self.router.observe(self.prompt_features(batch), batch["task_id"])

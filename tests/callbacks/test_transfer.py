@@ -323,6 +323,7 @@ def test_an_unknown_tasks_head_and_an_unasked_one_are_one_line(world, old, old_c
         ({"selector": "random"}, {"train": "selector"}, "TransferFrom: train 'selector' needs rank selectors that"),
         ({"class_path": "LoRA"}, {}, "checkpoint of another method: it has 'MoRE', this run 'LoRA'"),
         ({"class_path": "LoRA"}, {"train": "row"}, "TransferFrom: train 'row' needs rank selectors that learn"),
+        ({"class_path": "TTLoRAMoE"}, {}, "TransferFrom: a TTLoRAMoE's experts belong to their tasks"),
         ({"kind": "seq2seq"}, {}, "checkpoint of another fingerprint"),
     ],
 )

@@ -1,6 +1,7 @@
 """One more expert for a trained mixture: nothing old moves, the new one answers as it did alone, faults are named."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ from moe_peft.methods.tt_lora import TTLoRA
 from moe_peft.runs import find_checkpoint, load_module
 from tests.methods.ddp_worker import ROOT
 from tests.tiny import build, output, random_batch, randomise
-from tests.tiny_runs import files, results, world  # noqa: F401  (a fixture)
+from tests.tiny_runs import files, one_error, results, world  # noqa: F401  (a fixture)
 
 LEARNED = {"LinearRouter": ["gate.weight"], "PrototypeRouter": ["sums", "counts"], "RidgeRouter": ["sums", "counts"]}
 """What a router has learned of an expert, by its name."""
@@ -138,6 +139,27 @@ def test_a_mixture_whose_router_never_learned_is_refused(world, tmp_path):  # no
     torch.save(content, path)
     with pytest.raises(ValueError, match="^run: the router of this mixture was never trained; train it first$"):
         add_expert(run_folder, folder, str(world.tasks["stars"]), tmp_path / "grown")
+
+
+def test_a_grown_run_grows_again_elsewhere_and_asks_no_outsider(world, tmp_path, capsys):  # noqa: F811
+    """The joining task was an outsider before, and the backbone's files lie somewhere else by now."""
+    run_folder = mixture(world, tmp_path / "run", "RidgeRouter", "causal")
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    config["data"]["init_args"]["outside"] = [str(world.tasks["count"])]
+    moved = tmp_path / "moved"
+    shutil.copytree(world.backbones["causal"], moved)
+    config["model"]["init_args"]["backbone"]["init_args"]["name"] = str(tmp_path / "gone")
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for task, before, after in (("count", "run", "once"), ("next", "once", "twice")):
+        folder, _ = expert(world, tmp_path / before, task, "causal", alpha=16.0)
+        add_expert(tmp_path / before, folder, str(world.tasks[task]), tmp_path / after, backbone=str(moved))
+    run(["test", f"--config={tmp_path}/twice/config.yaml", f"--ckpt_path={tmp_path}/twice/checkpoints/best.ckpt"])
+    tested = results(tmp_path / "twice" / "results.test-best.json")["rows"]["model"]["tasks"]
+    assert tested.keys() == {"tone", "mood", "count", "next"}
+    line = one_error(
+        capsys, "fit", f"--config={tmp_path}/twice/config.yaml", f"--ckpt_path={tmp_path}/twice/checkpoints/best.ckpt"
+    )
+    assert "holds a model only, no training to go on with" in line
 
 
 def test_the_tool_prints_the_report_or_one_line(world, tmp_path):  # noqa: F811

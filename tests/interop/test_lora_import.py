@@ -145,7 +145,9 @@ def test_our_own_lora_exports_bring_head_and_task(tmp_path):
     with pytest.raises(ValueError, match=r"classes \['good', 'neutral', 'bad', 'mixed'\], task 'task1' of "):
         check(module, lora, 1)
     with pytest.raises(ValueError, match="has a head for the classes of 'task2'; configure the Classifier backbone"):
-        check(blank(), lora._replace(updates=dict.fromkeys(())), 2)
+        check(blank(), lora._replace(updates={}, fingerprint=None), 2)
+    with pytest.raises(ValueError, match="is of another base: fingerprint .*; configure its backbone, tiny-classifier"):
+        check(blank(), lora, 2)
     wide = lora.head._replace(weight=torch.zeros(4, 33))
     with pytest.raises(ValueError, match=r"its head has shape \[4, 33\], not \[4, 32\]; another base"):
         check(module, lora._replace(head=wide), 2)

@@ -149,7 +149,7 @@ def grown(kind, old, everything):
 
 @BOTH
 def test_an_added_expert_gives_what_all_rows_at_once_give(kind):
-    old, new = rows(experts=EXPERTS - 1), (rows(20, seed=2)[0], torch.full((20,), EXPERTS - 1))
+    old, new = rows(3 * 20, EXPERTS - 1), (rows(20, seed=2)[0], torch.full((20,), EXPERTS - 1))
     everything = torch.cat([old[0], new[0]]), torch.cat([old[1], new[1]])
     before, after = grown(kind, old, everything)
     at_once = made(kind, everything)
@@ -246,3 +246,15 @@ def test_it_is_built_on_the_meta_device_and_has_nothing_to_train(kind):
     router.build(2048, 17, "meta")
     assert router.counts.shape == (17,) and router.sums.is_meta and not list(router.parameters())
     assert set(kind.per_expert) == {name for name, value in router.named_buffers() if len(value) == 17}
+
+
+@BOTH
+def test_a_later_expert_counts_as_often_as_the_old_ones_rows_were_seen(kind):
+    """Old rows seen in four epochs, the new ones once: as if all had been seen in four."""
+    features, own = rows(80)[0], torch.arange(80) % EXPERTS
+    old = own < EXPERTS - 1
+    late, whole = made(kind, *[(features[old], own[old])] * 4), made(kind, *[(features, own)] * 4)
+    late.add(EXPERTS - 1, features, own)
+    for name, expected in sums(whole).items():
+        torch.testing.assert_close(sums(late)[name], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(late(features), whole(features))
