@@ -67,7 +67,8 @@ class HiddenStates(Embedder):
             raise ValueError(
                 f"HiddenStates: cache_dir {cache_dir!r} keeps vectors, but keep is false; drop one of them"
             )
-        self.layer, self.pooling, self.keep, self.cache_dir = layer, pooling, keep, cache_dir
+        self.layer, self.keep, self.cache_dir = layer, keep, cache_dir
+        self.pooling: Literal["mean", "last", "auto"] = pooling
 
     def bind(self, backbone: Backbone, model: nn.Module, context: RoutingContext) -> None:
         """Binds as every embedder, and forgets the vectors of another model."""
