@@ -157,7 +157,7 @@ class MultitaskDataModule(LightningDataModule):
         for source in self.sources:  # all splits now: a run must not train for an hour and then miss its test rows
             source.require(SPLITS)
         if stage in ("fit", "test"):
-            refuse_doubles([*(spec.name for spec in self.specs), *self.outside_rows], "tasks and outside hold")
+            _ = self.outside_rows
         for split in _STAGE_SPLITS.get(stage, ("test",)):
             self.rows(split)
         if stage == "fit":
@@ -216,7 +216,8 @@ class MultitaskDataModule(LightningDataModule):
     @cached_property
     def outside_rows(self) -> dict[str, list[EncodedRow]]:
         """The encoded test prompts of the tasks in `outside`, by task name."""
-        refuse_doubles([source.spec().name for source in self.outside], "outside holds")
+        names = [source.spec().name for source in self.outside]
+        refuse_doubles([*(spec.name for spec in self.specs), *names], "tasks and outside hold")
         return {source.spec().name: encode_prompts(self.encoder, source) for source in self.outside}
 
     def prompts(self, rows: Sequence[EncodedRow]) -> list[Batch]:

@@ -224,9 +224,15 @@ def test_prompts_of_outside_tasks_are_test_prompts_of_no_task_without_answers(ma
     assert found["stars"][0]["text"] == ["film 7 was :"] and len(data.specs) == 1
 
 
-def test_an_outside_task_of_the_name_of_another_is_refused(make_task, tmp_path):
-    with pytest.raises(ValueError, match="^tasks \\(with outside\\) hold 2 tasks called 'films'; rename or drop one"):
-        _ = outside(make_task, tmp_path, ["films"]).specs
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_an_outside_task_of_the_name_of_another_is_refused(make_task, tmp_path, stage):
+    with pytest.raises(ValueError, match="^tasks and outside hold 2 tasks called 'films'; names must be unique"):
+        outside(make_task, tmp_path, ["films"]).setup(stage)
+
+
+@pytest.mark.parametrize("stage", ["validate", "predict"])
+def test_a_command_that_reads_no_outside_tasks_does_not_ask_for_them(make_task, tmp_path, stage):
+    outside(make_task, tmp_path, ["gone"]).setup(stage)
 
 
 @pytest.mark.parametrize("stage", ["fit", "test"])

@@ -149,10 +149,12 @@ def test_the_rank_table_lies_beside_it(tmp_path):
     table = module.rank_table()
     ranks = {slot: own[1] for slot, own in table.items()}
     found = read(tmp_path / "a", "rank_table.json")
-    assert found == {"task": "topic", "ranks": ranks, "tasks": list(TASKS), "table": table}
+    whose = {"task": "topic", "fingerprint": module.fingerprint}
+    assert found == whose | {"ranks": ranks, "tasks": list(TASKS), "table": table}
     lora, _ = alive(LoRA, rank=2)
     export_peft(lora, tmp_path / "b", "tone")
-    assert read(tmp_path / "b", "rank_table.json") == {"task": "tone", "ranks": dict.fromkeys(lora.adapted, 2)}
+    whose = {"task": "tone", "fingerprint": lora.fingerprint}
+    assert read(tmp_path / "b", "rank_table.json") == whose | {"ranks": dict.fromkeys(lora.adapted, 2)}
 
 
 def test_a_classifiers_head_lies_beside_it(tmp_path):
