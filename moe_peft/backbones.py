@@ -51,6 +51,8 @@ class Backbone:
             counting on the meta device, or with random weights where `random_weights` is set.
         random_weights: build from `shape` with random weights (tests and dry runs) instead of loading.
         gradient_checkpointing: recompute activations in backward (non-reentrant).
+        offload_activations: keep what recomputation starts from, every block's input, in the host's memory; needs
+            gradient_checkpointing.
         attention: transformers' attention implementation ("sdpa", "eager", ...); None takes the model's own. Eager is
             faster for short texts on a CPU.
     """
@@ -68,13 +70,16 @@ class Backbone:
         shape: dict[str, Any] | None = None,
         random_weights: bool = False,
         gradient_checkpointing: bool = False,
+        offload_activations: bool = False,
         attention: str | None = None,
     ) -> None:
         if random_weights and shape is None:
             raise ValueError(f"backbone {name!r}: random_weights needs a shape")
+        if offload_activations and not gradient_checkpointing:
+            raise ValueError(f"backbone {name!r}: offload_activations needs gradient_checkpointing: true")
         self.name, self.gguf_file, self.sha256, self.revision = name, gguf_file, sha256, revision
         self.shape, self.random_weights, self.gradient_checkpointing = shape, random_weights, gradient_checkpointing
-        self.attention = attention
+        self.attention, self.offload_activations = attention, offload_activations
         self.dtype = auto_dtype() if dtype == "auto" else getattr(torch, dtype)
 
     @cached_property

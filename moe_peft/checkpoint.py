@@ -20,7 +20,10 @@ FORMAT = 1
 LOCATION = tuple(
     f"init_args.{owner}.init_args.{name}"
     for owner, names in {
-        "backbone": ("name", "gguf_file", "sha256", "revision", "shape", "gradient_checkpointing", "attention"),
+        "backbone": (
+            *("name", "gguf_file", "sha256", "revision", "shape", "attention"),
+            *("gradient_checkpointing", "offload_activations"),
+        ),
         "embedder": ("name", "cache_dir"),
         "features": ("name", "cache_dir", "keep"),
     }.items()
@@ -138,9 +141,23 @@ def check_adapter_state(own: dict[str, Tensor], state: dict[str, Tensor]) -> Non
             f"the checkpoint's {name} has shape {list(state[name].shape)}, this run's {list(own[name].shape)}: "
             "another rank, number of experts or clusters; use its own config.yaml"
         )
+    check_finite(state, "the checkpoint's", "use one from before they came")
+
+
+def check_finite(state: dict[str, Tensor], whose: str, fix: str) -> None:
+    """Refuses values that are not finite.
+
+    Args:
+        state: tensors by name.
+        whose: they are.
+        fix: what to do.
+
+    Raises:
+        ValueError: names the first tensor that has some.
+    """
     for name, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(f"the checkpoint's {name} holds values that are not finite; use one from before they came")
+            raise ValueError(f"{whose} {name} holds values that are not finite; {fix}")
 
 
 def conflicts(there: Any, here: Any, free: Iterable[str] = (), prefix: str = "") -> list[str]:

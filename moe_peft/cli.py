@@ -11,8 +11,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import StrategyRegistry
 
 from moe_peft import counting
+from moe_peft.agreement import leave_together
 from moe_peft.callbacks import (
     ablation,
     checkpoints,
@@ -26,6 +28,7 @@ from moe_peft.callbacks import (
     task_contrast,
     transfer,
 )
+from moe_peft.callbacks.guards import Guards
 from moe_peft.callbacks.progress import PlainProgress
 from moe_peft.callbacks.resume import ExactResume
 from moe_peft.checkpoint import LOCATION, TRAINING, conflicts, read_checkpoint
@@ -33,12 +36,14 @@ from moe_peft.data import module as data_module
 from moe_peft.loggers import MetricsCSV
 from moe_peft.messages import one_line
 from moe_peft.methods.base import MultitaskModule
+from moe_peft.strategies import ShardedStrategy
 
 # Imported so that their classes are known to the configuration by bare name.
 CALLBACKS = (ablation, confusion, freeze_then_route, null_expert, rank_report, semantic_prior, task_contrast, transfer)
 NAMED = (*counting.NAMED, *CALLBACKS)
 # Precisions that cast the whole module, adapters included.
 HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
+StrategyRegistry.register("fsdp2", ShardedStrategy, "FSDP2 (see moe_peft.strategies)", override=True)
 
 
 class Parser(LightningArgumentParser):
@@ -175,9 +180,10 @@ def refuse_unsupported(trainer: Any) -> None:
             "set the backbone's dtype instead and use 32-true or bf16-mixed"
         )
     strategy = trainer.strategy if isinstance(trainer.strategy, str) else trainer.strategy.get("class_path", "")
-    if strategy.startswith("fsdp") or strategy.endswith("FSDPStrategy"):
+    if strategy in ("fsdp", "fsdp_cpu_offload") or strategy.endswith(("FSDPStrategy", "ModelParallelStrategy")):
         raise ValueError(
-            f"trainer.strategy: {strategy!r} is not supported; use ddp (sharding comes through ModelParallelStrategy)"
+            f"trainer.strategy: {strategy!r} does not shard these models right; use fsdp2 "
+            "(--config configs/trainer/fsdp.yaml)"
         )
 
 
@@ -203,6 +209,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*It is recommended to use `self.log.*sync_dist=True.*")  # alike already
     warnings.filterwarnings("ignore", message=".*module.* in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
@@ -218,7 +225,7 @@ def run(arguments: list[str]) -> CLI:
     """Parses `arguments` and runs the command; a user's mistake ends in one line and status 2."""
     quiet()
     try:
-        return CLI(
+        cli = CLI(
             MultitaskModule,
             data_module.MultitaskDataModule,
             subclass_mode_model=True,
@@ -229,7 +236,7 @@ def run(arguments: list[str]) -> CLI:
             auto_configure_optimizers=False,
             seed_everything_default=0,
             trainer_defaults={
-                "callbacks": [ExactResume(), PlainProgress()],
+                "callbacks": [Guards(), ExactResume(), PlainProgress()],
                 "use_distributed_sampler": False,
                 "default_root_dir": "runs/default",
                 "gradient_clip_val": 1.0,
@@ -240,6 +247,8 @@ def run(arguments: list[str]) -> CLI:
             },
             args=arguments,
         )
+        leave_together()
+        return cli
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("MOE_PEFT_TRACEBACK"):
             raise

@@ -76,10 +76,10 @@ WRONG = {
         "trainer.callbacks: SemanticPriorFit has no argument 'texts'; it has max_texts",
     ),
     "precision": ({"trainer": {"precision": "bf16-true"}}, "would store the adapters in half precision"),
-    "fsdp": ({"trainer": {"strategy": "fsdp"}}, "'fsdp' is not supported; use ddp"),
+    "fsdp": ({"trainer": {"strategy": "fsdp"}}, "use fsdp2 (--config configs/trainer/fsdp.yaml)"),
     "FSDPStrategy": (
         {"trainer": {"strategy": {"class_path": "lightning.pytorch.strategies.FSDPStrategy"}}},
-        "FSDPStrategy' is not supported; use ddp",
+        "FSDPStrategy' does not shard these models right; use fsdp2",
     ),
 }
 

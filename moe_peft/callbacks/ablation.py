@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from moe_peft.layers.rank_selector import rank_selectors
 from moe_peft.layers.routers import JointRouter
 from moe_peft.methods.base import MultitaskModule
+from moe_peft.sharding import is_sharded
 
 What = Literal["uniform_router", "shuffled_prior", "shuffled_ranks", "full_ranks"]
 
@@ -45,6 +46,8 @@ class RoutingAblation(Callback):
             ValueError: the method has no such routing.
         """
         assert isinstance(pl_module, MultitaskModule)
+        if is_sharded(pl_module):
+            raise ValueError(f"RoutingAblation({self.what!r}) changes whole routers; test on one device, or with ddp")
         spoil: dict[str, Callable[[MultitaskModule], bool]] = {
             "uniform_router": self._uniform_router,
             "shuffled_prior": self._shuffled_prior,

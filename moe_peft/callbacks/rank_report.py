@@ -38,12 +38,15 @@ class RankReport(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Appends the table of this step (step, task, linear, rank)."""
-        if trainer.sanity_checking or trainer.state.fn != "fit" or not self._writes(trainer):
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         assert isinstance(pl_module, MoRE)
+        table = pl_module.rank_table()  # on every rank: a sharded one is gathered
+        if not self._writes(trainer):
+            return
         rows = [
             (trainer.global_step, spec.name, slot, rank)
-            for slot, ranks in pl_module.rank_table().items()
+            for slot, ranks in table.items()
             for spec, rank in zip(pl_module.specs, ranks, strict=True)
         ]
         file = self._folder(trainer) / "rank_history.csv"
@@ -59,10 +62,10 @@ class RankReport(Callback):
             self._write_table(trainer, pl_module)
 
     def _write_table(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._writes(trainer):
-            return
         assert isinstance(pl_module, MoRE)
         now, start = pl_module.rank_table(), pl_module.rank_table(start=True)
+        if not self._writes(trainer):
+            return
         tasks = [spec.name for spec in pl_module.specs]
         rows = [(task, slot, start[slot][t], now[slot][t]) for t, task in enumerate(tasks) for slot in now]
         folder = self._folder(trainer)

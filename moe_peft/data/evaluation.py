@@ -33,10 +33,9 @@ def group_for_evaluation(
 ) -> list[list[EncodedRow]]:
     """Groups rows into single-task batches of similar length, longest first, and takes this rank's part.
 
-    The tasks take turns, so that the first batches (all that `limit_val_batches` lets through) hold every task. No row
-    is repeated. All ranks have equally many batches where every task has at least as many rows as there are ranks and
-    `sequences` has room for two of its rows; elsewhere a task's last batches may be missing on some ranks, which
-    matters to sharded models only (they need equal step counts).
+    The tasks take turns, so that the first batches (all that `limit_val_batches` lets through) hold every task. All
+    ranks have equally many batches, as sharded models must: a rank for which nothing is left of a group gets a row that
+    another rank has too, and which counts once (`methods.evaluation.gather`).
 
     Args:
         rows: All rows of a split.
@@ -51,8 +50,14 @@ def group_for_evaluation(
         widest = max(len(row.options) or 1 for row in own)
         per_rank = max(sequences // widest, 1)
         groups = np.array_split(np.arange(len(own)), -(-len(own) // (per_rank * world_size)))
-        tasks.append([[own[index] for index in group[rank::world_size]] for group in groups])
+        tasks.append([[own[index] for index in _share(group, world_size, rank)] for group in groups])
     return [batch for turn in zip_longest(*tasks, fillvalue=[]) for batch in turn if batch]
+
+
+def _share(group: np.ndarray, world_size: int, rank: int) -> np.ndarray:
+    """Takes a rank's part of a group; where nothing is left for it, the first rank's first row once more."""
+    own = group[rank::world_size]
+    return own if len(own) else group[:1]
 
 
 def _evaluation_length(row: EncodedRow) -> int:

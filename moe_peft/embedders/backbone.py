@@ -19,7 +19,8 @@ from moe_peft.context import RoutingContext
 from moe_peft.embedders.base import Embedder, input_embeddings, mean_by_row, prompt_tokens
 from moe_peft.embedders.cache import EmbeddingCache
 from moe_peft.embedders.early_exit import EarlyExit
-from moe_peft.embedders.passes import Shape, is_sharded, padded, passes, shape_on
+from moe_peft.embedders.passes import Shape, padded, passes, shape_on
+from moe_peft.sharding import enter, is_sharded
 
 
 class InputEmbeddings(Embedder):
@@ -35,7 +36,7 @@ class InputEmbeddings(Embedder):
 
     def fingerprint(self) -> str:
         """Class and backbone weights."""
-        return f"InputEmbeddings() of {self.bound.backbone.fingerprint(self.bound.model)}"
+        return f"InputEmbeddings() of {self.base_fingerprint()}"
 
 
 class HiddenStates(Embedder):
@@ -124,7 +125,8 @@ class HiddenStates(Embedder):
         # Right padding after the prompt alone: positions count from 0 and an answer is not there to be seen.
         input_ids, mask = padded(texts, step)
         lengths = mask.sum(1)
-        states = self._exit.states(trunk, input_ids=input_ids, attention_mask=mask.long(), **_savings(trunk))
+        inputs = {"input_ids": input_ids, "attention_mask": mask.long(), **_savings(trunk)}
+        states = enter(self.bound.model, self._exit.states, trunk, **inputs)
         if self.pooled_by == "last":
             return states[torch.arange(len(lengths), device=lengths.device), lengths - 1].float()
         return mean_by_row(states[mask], lengths)
@@ -141,7 +143,7 @@ class HiddenStates(Embedder):
     def fingerprint(self) -> str:
         """Class, arguments and backbone weights."""
         how = "" if self.pooled_by == "mean" else f", pooling={self.pooled_by}"
-        return f"HiddenStates(layer={self.layer}{how}) of {self.bound.backbone.fingerprint(self.bound.model)}"
+        return f"HiddenStates(layer={self.layer}{how}) of {self.base_fingerprint()}"
 
 
 def _look_up(embedding: nn.Embedding, tokens: Tensor) -> Tensor:

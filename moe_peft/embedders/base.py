@@ -41,6 +41,7 @@ class Embedder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._bound: Bound | None = None
+        self._base_fingerprint = ""
 
     @property
     def bound(self) -> Bound:
@@ -57,7 +58,7 @@ class Embedder(nn.Module):
         Raises:
             ValueError: an argument does not fit this backbone.
         """
-        self._bound = Bound(backbone, model, context)
+        self._bound, self._base_fingerprint = Bound(backbone, model, context), ""
         self._create("center", self._width())
         self._create("fitted")
 
@@ -79,6 +80,12 @@ class Embedder(nn.Module):
     def fingerprint(self) -> str:
         """Identifies class, arguments and frozen weights: equal fingerprints give equal embeddings."""
         raise NotImplementedError
+
+    def base_fingerprint(self) -> str:
+        """Returns the frozen base's own, taken once per binding: later the base may be cut, or merged."""
+        if not self._base_fingerprint:
+            self._base_fingerprint = self.bound.backbone.fingerprint(self.bound.model)
+        return self._base_fingerprint
 
     def fit(self, batches: Sequence[Batch]) -> Tensor:
         """Fits the centre to training prompts.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_peft.embedders.passes import is_sharded
+from moe_peft.sharding import is_sharded
 
 
 class _Reached(Exception):

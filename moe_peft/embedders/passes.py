@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
@@ -61,10 +61,3 @@ def padded(texts: Sequence[Tensor], step: int, value: int = 0) -> tuple[Tensor, 
 
 def _width(length: int, step: int) -> int:
     return -(-length // step) * step
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 shards the model: then every rank must run it equally often, and to the end."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(part, FSDPModule) for part in model.modules())

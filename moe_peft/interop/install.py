@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moe_peft.backbones import Classifier
 from moe_peft.interop.experts import ABOUT, Expert, read_expert
@@ -19,6 +18,7 @@ from moe_peft.interop.lora_import import CONFIG, Lora, read_lora
 from moe_peft.layers.factors import TensorTrainFactors
 from moe_peft.methods.merging import merged_layers
 from moe_peft.methods.tt_lora_moe import TTLoRAMoE
+from moe_peft.sharding import edited
 
 
 class Installed(NamedTuple):
@@ -97,8 +97,6 @@ def check(module: TTLoRAMoE, expert: Expert | Lora, task_id: int) -> None:
             f"{where} is of another base: fingerprint {expert.fingerprint}, here {module.fingerprint}; configure its "
             f"backbone, {of}"
         )
-    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-        raise ValueError(f"{where} cannot be taken into a sharded model; collect the experts in a fit on one device")
     if merged_layers(module):
         raise ValueError(f"{where} cannot be taken into a merged model; call unmerge() first")
     if module.alpha == 0:
@@ -205,7 +203,8 @@ def _install_lora(module: TTLoRAMoE, lora: Lora, task_id: int) -> Installed:
         squares[slot] = scale**2 * _square(a, b)
     lacking = [slot for slot in module.adapted if slot not in lora.updates]
     for slot in lacking:
-        _factors(module, slot).cores[-1][task_id].zero_()
+        with edited(_factors(module, slot).cores[-1]) as value:
+            value[task_id] = 0
     notes = [f"{len(lacking)} linears that it lacks get no update, first {lacking[0]}"] if lacking else []
     if lora.base and lora.base != module.backbone.name:
         notes.append(f"it calls its base {lora.base!r}, the backbone here is {module.backbone.name!r}")
@@ -223,8 +222,9 @@ def _square(a: Tensor, b: Tensor) -> float:
 def _install_head(module: TTLoRAMoE, head: Head, task_id: int) -> None:
     assert module.heads is not None
     rows = module.heads.owner == task_id
-    module.heads.linear.weight[rows] = head.weight.to(module.heads.linear.weight)
-    module.heads.linear.bias[rows] = head.bias.to(module.heads.linear.bias)
+    for own, given in ((module.heads.linear.weight, head.weight), (module.heads.linear.bias, head.bias)):
+        with edited(own) as value:
+            value[rows] = given.to(value)
 
 
 def _factors(module: TTLoRAMoE, slot: str) -> TensorTrainFactors:

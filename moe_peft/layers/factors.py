@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_peft.layers.tensor_train import Layout, fold
+from moe_peft.sharding import edited
 
 TrainInit = Literal["zero", "official"]
 """How tensor-train cores start (see `TensorTrainFactors`)."""
@@ -124,9 +125,10 @@ class TensorTrainFactors(Factors):
             expert: whose cores, where there are several.
         """
         for core, given in zip(self.cores, cores, strict=True):
-            own = core if expert is None else core[expert]
-            own.zero_()
-            own[: given.shape[0], :, : given.shape[2]] = given
+            with edited(core) as value:
+                own = value if expert is None else value[expert]
+                own.zero_()
+                own[: given.shape[0], :, : given.shape[2]] = given
 
     def set_update(self, a: Tensor, b: Tensor, expert: int | None = None) -> float:
         """Makes the update what TT-SVD at this rank leaves of B A.

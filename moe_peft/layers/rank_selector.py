@@ -42,7 +42,7 @@ class TaskEmbedding(nn.Module):
 
     def forward(self) -> Tensor:
         """Returns the table [T, d]."""
-        return self.weight
+        return self.weight.clone()  # FSDP2 hangs a hook on every output, and those on a parameter itself would pile up
 
 
 def nested_experts(ranks: Sequence[int], rank: int, tasks: int, scaling: Scaling) -> Tensor:

@@ -28,7 +28,8 @@ from moe_peft.methods.scoring import answer_nll, pooled_features
 from moe_peft.methods.training import LossMean, TrainingSteps
 from moe_peft.optim import LearningRates, WarmupDecay, WeightDecays
 from moe_peft.predictions import Prediction, Ranking
-from moe_peft.quirks import contiguous_input, silence_dropout
+from moe_peft.quirks import contiguous_input, offload_input, silence_dropout
+from moe_peft.sharding import shard
 
 
 class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
@@ -134,9 +135,17 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
     # ---- building ---------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Loads the backbone and injects the adapters; idempotent."""
+        """Builds the model, and cuts it over all ranks where the strategy asks for that; idempotent."""
         if self.model is not None:
             return
+        self.assemble()
+        if self._device_mesh is not None:
+            if self.embedder is not None:
+                self.embedder.fingerprint()  # it can be taken of a whole base only
+            shard(self, self._device_mesh["data_parallel"])
+
+    def assemble(self) -> None:
+        """Loads the backbone and injects the adapters; a method that has more to build extends it."""
         model = self.backbone.load()
         self.fingerprint = "" if next(model.parameters()).is_meta else self.backbone.fingerprint(model)
         head_inputs = self.backbone.hidden_size if isinstance(self.backbone, Classifier) else 0
@@ -155,10 +164,13 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
             model.get_encoder().register_forward_pre_hook(self._check_input, with_kwargs=True)  # type: ignore[operator]
         if self.backbone.gradient_checkpointing:
             checkpointing = {"use_reentrant": False, "context_fn": self.context.checkpoint_fns}
-            model.gradient_checkpointing_enable(checkpointing)  # type: ignore[operator]
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable(checkpointing)  # type: ignore[operator]
             self._recomputed = [block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)]
             for block in self._recomputed:
                 silence_dropout(block)
+                if self.backbone.offload_activations:
+                    offload_input(block)
         self.train(self.training)
 
     def built(self) -> nn.Module:

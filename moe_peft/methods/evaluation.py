@@ -22,6 +22,7 @@ from moe_peft.methods.scoring import generate_text, option_scores, pooled_featur
 from moe_peft.methods.training import Part
 from moe_peft.metrics import score_row
 from moe_peft.predictions import Prediction
+from moe_peft.sharding import release
 
 if TYPE_CHECKING:
     from moe_peft.methods.base import MultitaskModule
@@ -81,6 +82,7 @@ class EvaluationSteps(Part):
     def on_validation_epoch_end(self) -> None:
         """Logs each task's metric, their mean (`val/mean`, the monitored value) and the method's diagnostics."""
         module = self._module()
+        release(module)
         self.predictions = {"model": gather(self.predictions["model"])}
         if self.trainer.sanity_checking:
             return
@@ -90,6 +92,7 @@ class EvaluationSteps(Part):
 
     def on_test_epoch_end(self) -> None:
         """Gathers the predictions of all ranks and logs the mean."""
+        release(self._module())
         self.predictions = {name: gather(own) for name, own in self.predictions.items()}
         self._log_scores("test", self.predictions["model"])
 
@@ -110,7 +113,10 @@ def gather(own: list[Prediction]) -> list[Prediction]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         parts = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, own)
-    return sorted({p.row_id: p for part in parts for p in part}.values(), key=lambda p: p.row_id)
+    found: dict[str, Prediction] = {}
+    for prediction in (prediction for part in parts for prediction in part):
+        found.setdefault(prediction.row_id, prediction)  # a rank without rows of its own repeats the first rank's
+    return sorted(found.values(), key=lambda p: p.row_id)
 
 
 @torch.no_grad()

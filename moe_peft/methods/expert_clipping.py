@@ -9,10 +9,11 @@ The constant is torch's own. Shapes: E experts.
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch.distributed import all_reduce
 from torch.nn.utils import clip_grad_norm_
 
 from moe_peft.optim import parameter_groups
+from moe_peft.sharding import is_sharded, local, rows_of
 
 if TYPE_CHECKING:
     from moe_peft.methods.base import MultitaskModule
@@ -27,19 +28,22 @@ def clip_per_expert(module: "MultitaskModule", bound: float) -> None:
         bound: c.
     """
     groups = parameter_groups(module)
-    stacked = [parameter.grad for parameter in groups.pop("adapters", ()) if parameter.grad is not None]
-    heads = [parameter.grad for parameter in groups.pop("heads", ()) if parameter.grad is not None]
-    owner = module.heads.owner if module.heads is not None else None
-    squares: Tensor | float = sum(gradient.flatten(1).square().sum(1) for gradient in stacked)
-    for gradient in heads:
-        assert owner is not None
-        own = gradient.reshape(len(owner), -1).square().sum(1)
-        squares = squares + own.new_zeros(len(module.specs)).index_add_(0, owner, own)
-    if isinstance(squares, Tensor):
+    experts = torch.arange(len(module.specs), device=module.device)
+    owners = {"adapters": experts, "heads": module.heads.owner if module.heads is not None else experts}
+    own = [
+        (local(parameter.grad), owner[rows_of(parameter)])
+        for group, owner in owners.items()
+        for parameter in groups.pop(group, ())
+        if parameter.grad is not None
+    ]
+    if own:
+        squares = own[0][0].new_zeros(len(experts))
+        for gradient, owner in own:
+            squares.index_add_(0, owner, gradient.flatten(1).square().sum(1) if gradient.dim() > 1 else gradient**2)
+        if is_sharded(module):
+            all_reduce(squares)
         factor = (bound / (squares.sqrt() + 1e-6)).clamp(max=1)
-        for gradient in stacked:
-            gradient.mul_(factor.view(-1, *(1,) * (gradient.dim() - 1)))
-        for gradient in heads:
+        for gradient, owner in own:
             gradient.mul_(factor[owner].view(-1, *(1,) * (gradient.dim() - 1)))
     for parameters in groups.values():
         clip_grad_norm_(parameters, bound)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from moe_peft.sharding import assign, whole
+
 if TYPE_CHECKING:
     from moe_peft.methods.tt_lora_moe import TTLoRAMoE
 
@@ -27,7 +29,7 @@ def with_experts(module: "TTLoRAMoE", snapshot: dict[str, Tensor], experts: list
     """Returns a snapshot with some experts renewed from the module; a first (empty) snapshot takes all of them."""
     new = {}
     for name, (parameter, owner) in expert_rows(module).items():
-        now = parameter.detach().cpu()
+        now = whole(parameter).cpu()
         rows = torch.isin(owner, torch.tensor(experts)).view(-1, *(1,) * (now.dim() - 1))
         new[name] = torch.where(rows, now, snapshot[name]) if name in snapshot else now.clone()
     return new
@@ -37,4 +39,4 @@ def with_experts(module: "TTLoRAMoE", snapshot: dict[str, Tensor], experts: list
 def load_experts(module: "TTLoRAMoE", snapshot: dict[str, Tensor]) -> None:
     """Copies the experts of a snapshot into the module."""
     for name, (parameter, _) in expert_rows(module).items():
-        parameter.copy_(snapshot[name])
+        assign(parameter, snapshot[name])

@@ -29,6 +29,7 @@ from moe_peft.methods.base import MultitaskModule
 from moe_peft.methods.evaluation import routed_shares
 from moe_peft.methods.unknown_tasks import UnknownTask, UnknownTasks
 from moe_peft.predictions import Prediction
+from moe_peft.sharding import gathered
 
 
 class MoRE(MultitaskModule):
@@ -95,11 +96,11 @@ class MoRE(MultitaskModule):
         self.unknown = UnknownTasks(unknown_task, self.specs)
         self.task_embedding: TaskEmbedding | None = None
 
-    def configure_model(self) -> None:
+    def assemble(self) -> None:
         """Makes the shared task embeddings, where there are any, then builds as every method."""
-        if self.model is None and self.embedding_dim is not None:
+        if self.embedding_dim is not None:
             self.task_embedding = TaskEmbedding(len(self.specs), self.embedding_dim)
-        super().configure_model()
+        super().assemble()
 
     def adapt(self, base: nn.Linear, slot: str) -> AdaptedLinear:
         """Dense factors of rank r, and this linear's rank selector."""
@@ -176,16 +177,18 @@ class MoRE(MultitaskModule):
     @torch.no_grad()
     def rank_table(self, start: bool = False) -> dict[str, list[int]]:
         """Returns the rank of every task by linear; with `start`, as it was before training."""
-        tables = {
-            slot: selector.start_ranks() if start else selector.ranks() for slot, selector in self.selectors().items()
-        }
+        selectors = self.selectors()
+        with gathered(*selectors.values(), self.task_embedding):
+            tables = {slot: each.start_ranks() if start else each.ranks() for slot, each in selectors.items()}
         return {slot: table.tolist()[: len(self.specs)] for slot, table in tables.items()}
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
         """Mean rank per task, share of ranks that left their start, selector entropy (nats), distinct ranks."""
         now, start = (torch.tensor(list(self.rank_table(of).values())) for of in (False, True))
-        p = torch.stack([selector.probabilities().cpu() for selector in self.selectors().values()])
+        selectors = self.selectors().values()
+        with gathered(*selectors, self.task_embedding):
+            p = torch.stack([selector.probabilities().cpu() for selector in selectors])
         entropy = -(p * p.clamp(min=1e-30).log()).sum(-1).mean().item()
         values = {
             f"rank/{spec.name}": mean for spec, mean in zip(self.specs, now.double().mean(0).tolist(), strict=True)

@@ -4,9 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_peft.checkpoint import check_adapter_state, describe, refuse_foreign
+from moe_peft.checkpoint import check_adapter_state, check_finite, describe, refuse_foreign
 from moe_peft.methods.merging import merged_layers
 from moe_peft.methods.training import Part
+from moe_peft.sharding import like
 
 
 class AdapterSaving(Part):
@@ -23,7 +24,11 @@ class AdapterSaving(Part):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the frozen base out and adds what is needed to refuse a wrong one."""
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: value for name, value in state.items() if not self.belongs_to_base(name)}
+        checkpoint["state_dict"] = own = {
+            name: value for name, value in state.items() if not self.belongs_to_base(name)
+        }
+        fix = "nothing is saved; resume from the last checkpoint, with a lower learning rate"
+        check_finite(own, "this step's", fix)
         checkpoint["moe_peft"] = describe(self._module())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -35,5 +40,7 @@ class AdapterSaving(Part):
         """Loads adapters; missing, unexpected or misshapen tensors are an error whatever `strict` says."""
         if merged_layers(self._module()):
             raise ValueError("loading adapters into a merged model would not move it: call unmerge() first")
-        check_adapter_state(self.adapter_state(), state_dict)
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+        own = self.adapter_state()
+        check_adapter_state(own, state_dict)
+        cut = {name: like(value, own[name]) for name, value in state_dict.items()}
+        return super().load_state_dict(cut, strict=False, assign=assign)

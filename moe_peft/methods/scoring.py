@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from moe_peft.backbones import Backbone, Classifier
 from moe_peft.batch import IGNORE_INDEX, Batch
+from moe_peft.sharding import enter, is_sharded
 
 CHUNK = 256
 """Tokens whose fp32 logits are held at once while scoring."""
@@ -115,12 +116,15 @@ def pooled_features(backbone: Classifier, model: nn.Module, batch: Batch) -> Ten
 def generate_text(backbone: Backbone, model: nn.Module, batch: Batch, max_new_tokens: int) -> list[str]:
     """Greedy continuation of every prompt, as stripped text."""
     tokenizer = backbone.tokenizer()
-    ids = model.generate(  # type: ignore[operator]
+    ids = enter(
+        model,
+        model.generate,  # type: ignore[arg-type]
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
+        synced_gpus=is_sharded(model),  # a rank whose rows have ended goes on until all have
     )
     if backbone.kind == "causal":
         ids = ids[:, batch["input_ids"].shape[1] :]

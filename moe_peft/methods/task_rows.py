@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moe_peft.data.tasks import TaskSpec
 from moe_peft.layers.rank_selector import RankSelector, TaskEmbedding, rank_selectors
 from moe_peft.methods.heads import outputs_of
+from moe_peft.sharding import whole
 
 if TYPE_CHECKING:
     from moe_peft.methods.base import MultitaskModule
@@ -89,7 +90,7 @@ def with_heads(module: "MultitaskModule", state: dict[str, Tensor], about: dict[
         start += outputs_of(spec)
     new = dict(state)
     for name in ("heads.linear.weight", "heads.linear.bias"):
-        fresh = module.heads.get_parameter(name.removeprefix("heads.")).detach()
+        fresh = whole(module.heads.get_parameter(name.removeprefix("heads.")))
         parts = []
         for spec, own in zip(module.specs, fresh.split(module.heads.outputs), strict=True):
             known, at = offsets.get(spec.name, (None, 0))

@@ -1,13 +1,16 @@
 """The training half of a method: one step's loss out of all its terms, one optimizer with named groups."""
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from moe_peft.agreement import from_all_ranks
 from moe_peft.batch import Batch
 from moe_peft.optim import WarmupDecay, optimizer_groups, parameter_groups
+from moe_peft.sharding import local
 
 if TYPE_CHECKING:
     from moe_peft.methods.base import MultitaskModule
@@ -47,10 +50,10 @@ class TrainingSteps(Part):
                 terms |= callback.loss_terms(module, batch)
         loss: Tensor = sum(terms.values(), start=torch.zeros((), device=batch["input_ids"].device))
         loss = loss + untouched(module, self.closed_groups)
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {loss.item()} at step {self.global_step}; rows {', '.join(batch['row_id'])}")
-        rows = len(batch["row_id"])
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=rows, sync_dist=True)
+        rows, mean = len(batch["row_id"]), self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+        if not torch.isfinite(mean):  # which every rank sees, so that none waits for another
+            raise ValueError(f"the loss is not finite at step {self.global_step}: {not_finite(module, loss, batch)}")
+        self.log("train/loss", mean, prog_bar=True, batch_size=rows)
         for name, part in terms.items() if len(terms) > 1 else ():
             self.log(f"train/{name}", part.detach(), batch_size=rows, sync_dist=True)
         return loss
@@ -72,6 +75,14 @@ class TrainingSteps(Part):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+def not_finite(module: "MultitaskModule", loss: Tensor, batch: Batch) -> str:
+    """Names the tasks and rows of all ranks whose loss is not finite, and what may help."""
+    own = sorted({module.specs[task].name for task in batch["task_id"].tolist()}), batch["row_id"], loss.item()
+    bad = [found for found in from_all_ranks(own) if not math.isfinite(found[2])]
+    rows = "; ".join(f"{value} for rows {', '.join(ids)} of {', '.join(names)}" for names, ids, value in bad)
+    return f"{rows or 'on no rank alone'}; lower the learning rate, and resume from the last checkpoint"
+
+
 def task_loss(module: "MultitaskModule", batch: Batch) -> Tensor:
     """Returns this rank's share of the task loss, which the gradient's mean over ranks and accumulation makes whole."""
     means, sums = module.row_losses(batch)
@@ -87,8 +98,3 @@ def untouched(module: "MultitaskModule", closed: frozenset[str]) -> Tensor | flo
     groups = parameter_groups(module)
     parameters = [parameter for name in closed for parameter in groups.get(name, ())]
     return 0.0 * sum(local(parameter).sum() for parameter in parameters) if parameters else 0.0
-
-
-def local(parameter: Tensor) -> Tensor:
-    """Returns this rank's shard of a parameter: the parameter itself, unless it is sharded."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[operator]

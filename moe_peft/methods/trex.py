@@ -21,6 +21,7 @@ from moe_peft.layers.factors import DenseFactors
 from moe_peft.layers.prior import SemanticPrior
 from moe_peft.layers.routers import JointRouter
 from moe_peft.methods.base import MultitaskModule
+from moe_peft.sharding import gathered
 
 log = logging.getLogger(__name__)
 SWITCHED_OFF = 0.05
@@ -121,7 +122,8 @@ class TRex(MultitaskModule):
         values = {}
         for slot, layer in self.adapted.items():
             assert isinstance(layer.router, JointRouter)
-            omega, magnitude = (gate.item() for gate in layer.router.gates())
+            with gathered(layer.router):
+                omega, magnitude = (gate.item() for gate in layer.router.gates())
             values |= {f"omega/{slot}": omega, f"magnitude/{slot}": magnitude}
             if magnitude < SWITCHED_OFF and slot not in self._warned:
                 self._warned.add(slot)

@@ -96,11 +96,9 @@ class TTLoRAMoE(MultitaskModule):
 
     # ---- building ---------------------------------------------------------------------------------------------------
 
-    def configure_model(self) -> None:
+    def assemble(self) -> None:
         """Builds as every method, then the router on the features' width."""
-        if self.model is not None:
-            return
-        super().configure_model()
+        super().assemble()
         self.features.bind(self.backbone, self.built(), self.context)
         device = self.features.center.device
         self.router.build(len(self.features.center), len(self.specs), device)

@@ -114,7 +114,7 @@ def test_a_number_that_is_none_raises_the_alarm_in_any_stage(tmp_path, name):
     module = scripted()
     core = next(iter(module.adapted.values())).factors.cores[0]
     (core if name == "core" else module.router.gate.weight).data[0, 0] = math.nan
-    with pytest.raises(ValueError, match="^the loss is nan at step 0; rows row0, row1, row2, row3, row4, row5$"):
+    with pytest.raises(ValueError, match="^the loss is not finite at step 0: nan for rows row0, row1, .* of task0, "):
         fit(module, tmp_path, FreezeThenRoute(8))
 
 

@@ -37,10 +37,14 @@ def test_tasks_take_turns_so_that_the_first_batches_hold_all_of_them(world_size)
         assert tasks[:4] == [0, 1, 0, 1]
 
 
-def test_ranks_may_differ_where_the_budget_holds_one_row_only():
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_rank_without_a_row_of_its_own_takes_the_first_ranks(world_size):
     rows = [encoded(0, str(i), 3, 4) for i in range(3)]
-    shards = [group_for_evaluation(rows, 4, 2, rank) for rank in range(2)]
-    assert [len(shard) for shard in shards] == [2, 1]
+    shards = [group_for_evaluation(rows, 4, world_size, rank) for rank in range(world_size)]
+    assert len({len(shard) for shard in shards}) == 1 and all(batch for shard in shards for batch in shard)
+    own = [row.row_id for shard in shards for batch in shard for row in batch]
+    assert set(own) == {row.row_id for row in rows}
+    assert shards[-1][-1] == shards[0][-1]
 
 
 def test_a_row_with_more_options_than_the_budget_is_never_torn_apart():

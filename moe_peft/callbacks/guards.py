@@ -1,0 +1,88 @@
+"""What goes wrong without a word otherwise: ranks that differ, and parameters that nothing trains."""
+
+import os
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.optim import Optimizer
+
+from moe_peft.agreement import agree, from_all_ranks
+from moe_peft.data.module import MultitaskDataModule
+from moe_peft.methods.base import MultitaskModule
+from moe_peft.optim import parameter_groups
+from moe_peft.sharding import local
+
+
+class Guards(Callback):
+    """Compares the ranks' data and trainable parameters at the start, and checks every stage's first gradients."""
+
+    def __init__(self) -> None:
+        self._seen: set[frozenset[str]] = set()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compares what the ranks have, before a data-parallel wrapper could hang over it.
+
+        Raises:
+            ValueError: the ranks differ; names in what.
+        """
+        self._seen = set()
+        if stage != "fit" or trainer.world_size == 1:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, MultitaskDataModule):
+            agree(data_facts(data))
+        pl_module.configure_model()
+        agree({name: str(list(parameter.shape)) for name, parameter in trained(pl_module).items()})
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Looks at the gradients of what the present stage trains, once per stage.
+
+        Raises:
+            ValueError: a parameter without a gradient, or one that is not finite.
+        """
+        assert isinstance(pl_module, MultitaskModule)
+        stage = pl_module.closed_groups
+        if stage in self._seen:
+            return
+        self._seen.add(stage)
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # which skips steps that overflow
+        found = [fault for fault in from_all_ranks(first_fault(pl_module, scaled)) if fault]
+        if found:
+            raise ValueError(f"step {trainer.global_step}: {found[0]}")
+
+
+def first_fault(module: MultitaskModule, scaled: bool) -> str | None:
+    """Says which open parameter has no gradient, or one that is not finite (unless a scaler sees to it)."""
+    groups = parameter_groups(module).items()
+    open_now = {id(parameter) for name, own in groups if name not in module.closed_groups for parameter in own}
+    for name, parameter in trained(module).items():
+        if id(parameter) not in open_now:
+            continue
+        if parameter.grad is None:
+            return (
+                f"{name} got no gradient, so that nothing would train it; the model's forward leaves its linear out: "
+                "leave it out of model.targets too"
+            )
+        if not scaled and not torch.isfinite(local(parameter.grad)).all():
+            return (
+                f"{name} got a gradient that is not finite; give the backbone a dtype of wider range, or look at the "
+                "rows with tools/preview_mix.py"
+            )
+    return None
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the trainable parameters by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def data_facts(data: MultitaskDataModule) -> dict[str, str]:
+    """Returns what decides every global batch, and the rows that are validated."""
+    loader = data.train_dataloader()
+    return {
+        "the training rows": data.cache_key("train"),
+        "the validation rows": data.cache_key("validation"),
+        "the order of the rows": str(loader.multitask_sampler.identity(0)),
+        "the seed": os.environ.get("PL_GLOBAL_SEED", "none"),
+    }
