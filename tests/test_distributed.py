@@ -6,6 +6,7 @@ torchrun. What counts is the file that each rank leaves, not how its process end
 
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,18 +21,22 @@ from tests.tiny_runs import World, metrics, results, world  # noqa: F401  (a fix
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 TWO = ["ddp", "fsdp"]
 EXACT = [case for case in CASES if case.dtype == "float32"]
 
 
-def launch(command: list[str], log: Path) -> subprocess.CompletedProcess[str]:
-    """Runs Python in a process of its own, with one thread per rank."""
+def free_port() -> int:
+    """A port that nothing listens on at the moment."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts Python in a process of its own, with one thread per rank."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     with log.open("w") as file:
-        return subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=file, text=True, timeout=900
-        )
+        return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=file)
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +47,8 @@ def seen(world: World) -> dict[str, list[dict[str, Any]]]:  # noqa: F811
     found = {}
     for strategy in ("fsdp", "ddp", "auto"):
         log = world.root / f"{strategy}.log"
-        launch(
-            [*(TORCHRUN if strategy == "fsdp" else []), "tests/distributed_worker.py", strategy, str(world.root)], log
-        )
+        by = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if strategy == "fsdp" else []
+        start([*by, "tests/distributed_worker.py", strategy, str(world.root)], log).wait(900)
         files = [world.root / f"{strategy}-{rank}.pt" for rank in range(1 if strategy == "auto" else 2)]
         assert all(file.is_file() for file in files), log.read_text()[-3000:]
         found[strategy] = [torch.load(file, weights_only=True) for file in files]
@@ -148,17 +152,19 @@ def shapes(tree: Any) -> Any:
     return list(tree.shape) if isinstance(tree, torch.Tensor) else tree
 
 
-def test_the_command_line_trains_sharded_as_it_does_alone(world, tmp_path):  # noqa: F811
+def test_the_command_line_trains_on_two_nodes_as_it_does_alone(world, tmp_path):  # noqa: F811
     config = world.config(method="TTLoRAMoE", kind="classifier", tasks=("tone", "mood"))
     config["model"]["init_args"]["dropout"] = 0.0
     config["model"]["init_args"]["router"] = {"class_path": "LinearRouter", "init_args": {"noise": False}}
     config["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
     world.fit(tmp_path / "alone", config)
     file, folder = world.write(tmp_path / "cut.yaml", config), tmp_path / "cut"
-    more = ["--config=configs/trainer/fsdp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2"]
+    more = ["--config=configs/trainer/fsdp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=1"]
     fit = ["-m", "moe_peft", "fit", f"--config={file}", *more, f"--trainer.default_root_dir={folder}"]
-    launch([*TORCHRUN, *fit], tmp_path / "cut.log")
-    assert (folder / "results.json").is_file(), (tmp_path / "cut.log").read_text()[-3000:]
+    by = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--master_port={free_port()}"]
+    logs = [tmp_path / f"{node}.log" for node in range(2)]
+    nodes = [start([*by, f"--node_rank={at}", *fit, "--trainer.num_nodes=2"], log) for at, log in enumerate(logs)]
+    assert [node.wait(300) for node in nodes] == [0, 0], logs[0].read_text()[-3000:]
     for name in ("train/loss", "val/mean"):
         alone, cut = (metrics(tmp_path / run, name) for run in ("alone", "cut"))
         assert [step for step, _ in cut] == [step for step, _ in alone]
