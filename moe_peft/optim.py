@@ -50,6 +50,11 @@ class LearningRates(PerGroup):
     """Learning rate per parameter group; None takes the method's own (`default_rates`), else the optimizer's."""
 
 
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the trainable parameters by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 def parameter_groups(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Sorts a method's trainable parameters into the four groups; empty groups are left out."""
     gates = {
@@ -59,9 +64,7 @@ def parameter_groups(module: nn.Module) -> dict[str, list[nn.Parameter]]:
         for name in router.gate_names
     }
     groups: dict[str, list[nn.Parameter]] = {group: [] for group in GROUPS}
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in trained_parameters(module).items():
         if id(parameter) in gates:
             groups["gates"].append(parameter)
         elif ".factors." in name:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from moe_peft.agreement import agree
 from moe_peft.quirks import keep_recordable
 
 if TYPE_CHECKING:
@@ -30,17 +29,15 @@ def shard(module: "MultitaskModule", mesh: "DeviceMesh") -> None:
 
     Args:
         module: built; its base is on the CPU, and goes to the mesh's device block by block.
-        mesh: one-dimensional.
+        mesh: one-dimensional. Nothing is sent, so that ranks may come one after the other.
 
     Raises:
-        ValueError: ranks that start differently, or a trainable parameter outside of what is entered by itself.
+        ValueError: a trainable parameter that belongs to no module which is entered by itself.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     model = module.built()
-    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    agree({f"the start of {name}": str(value.double().sum().item()) for name, value in trained.items()})
     for block in model.modules():
         if isinstance(block, GradientCheckpointingLayer):
             fully_shard(block, mesh=mesh)

@@ -5,7 +5,8 @@ zero, after which a parameter that was never stepped counts one step too many. H
 optimizer states, so that a run may go on with another strategy, or on another number of ranks.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ class ShardedStrategy(ModelParallelStrategy):
         """Makes one mesh of all ranks; Lightning's "auto" would cut over one node's devices by tensor parallelism."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
+
+    @contextlib.contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Lets the processes of a node build one after the other: each holds a whole base until it has cut it."""
+        for turn in range(self.num_processes):
+            if turn == self.local_rank:
+                yield
+            self.barrier()
 
     # ---- saving: gathered on all ranks, kept on rank zero ----------------------------------------------------------
 

@@ -4,13 +4,12 @@ import os
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 from torch.optim import Optimizer
 
 from moe_peft.agreement import agree, from_all_ranks
 from moe_peft.data.module import MultitaskDataModule
 from moe_peft.methods.base import MultitaskModule
-from moe_peft.optim import parameter_groups
+from moe_peft.optim import parameter_groups, trained_parameters
 from moe_peft.sharding import local
 
 
@@ -32,8 +31,11 @@ class Guards(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, MultitaskDataModule):
             agree(data_facts(data))
-        pl_module.configure_model()
-        agree({name: str(list(parameter.shape)) for name, parameter in trained(pl_module).items()})
+        assert isinstance(pl_module, MultitaskModule)
+        with trainer.strategy.tensor_init_context(), trainer.strategy.model_sharded_context():  # as Lightning would
+            pl_module.configure_model()
+        agree({name: str(list(parameter.shape)) for name, parameter in trained_parameters(pl_module).items()})
+        agree({f"the start of {name}": value for name, value in pl_module.drawn.items()})
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Looks at the gradients of what the present stage trains, once per stage.
@@ -56,7 +58,7 @@ def first_fault(module: MultitaskModule, scaled: bool) -> str | None:
     """Says which open parameter has no gradient, or one that is not finite (unless a scaler sees to it)."""
     groups = parameter_groups(module).items()
     open_now = {id(parameter) for name, own in groups if name not in module.closed_groups for parameter in own}
-    for name, parameter in trained(module).items():
+    for name, parameter in trained_parameters(module).items():
         if id(parameter) not in open_now:
             continue
         if parameter.grad is None:
@@ -70,11 +72,6 @@ def first_fault(module: MultitaskModule, scaled: bool) -> str | None:
                 "rows with tools/preview_mix.py"
             )
     return None
-
-
-def trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the trainable parameters by name."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def data_facts(data: MultitaskDataModule) -> dict[str, str]:

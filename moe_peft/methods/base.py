@@ -26,7 +26,7 @@ from moe_peft.methods.heads import TaskHeads
 from moe_peft.methods.saving import AdapterSaving
 from moe_peft.methods.scoring import answer_nll, pooled_features
 from moe_peft.methods.training import LossMean, TrainingSteps
-from moe_peft.optim import LearningRates, WarmupDecay, WeightDecays
+from moe_peft.optim import LearningRates, WarmupDecay, WeightDecays, trained_parameters
 from moe_peft.predictions import Prediction, Ranking
 from moe_peft.quirks import contiguous_input, offload_input, silence_dropout
 from moe_peft.sharding import shard
@@ -91,6 +91,8 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
         self.prior: SemanticPrior | None = None
         self.config: dict[str, Any] | None = None
         self._recomputed: list[nn.Module] = []
+        self.drawn: dict[str, str] = {}
+        """The sums of the trainable parameters before they were cut, which every rank drew for itself."""
         self.fingerprint = ""
         self.representation: Representation | None = None
         """What a row's vector was where inputs were drawn to task embeddings (by TaskContrast), else None."""
@@ -142,6 +144,7 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
         if self._device_mesh is not None:
             if self.embedder is not None:
                 self.embedder.fingerprint()  # it can be taken of a whole base only
+            self.drawn = {name: str(own.double().sum().item()) for name, own in trained_parameters(self).items()}
             shard(self, self._device_mesh["data_parallel"])
 
     def assemble(self) -> None:
@@ -264,4 +267,4 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
 
     def trainable_parameters(self) -> int:
         """Counts trainable numbers."""
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        return sum(parameter.numel() for parameter in trained_parameters(self).values())

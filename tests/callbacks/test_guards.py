@@ -129,6 +129,17 @@ def test_two_processes_with_other_rows_stop_before_the_first_step(world, tmp_pat
 
 
 @pytest.mark.slow
+def test_slices_of_adapters_that_were_drawn_differently_are_refused(world, tmp_path):  # noqa: F811
+    config = world.config()
+    config["trainer"] |= {"devices": 2, "strategy": "fsdp2", "default_root_dir": str(tmp_path / "run")}
+    config["trainer"]["callbacks"].insert(0, {"class_path": "tests.callbacks.test_guards.OtherSeed"})
+    file = world.write(tmp_path / "config.yaml", config)
+    status, said = two_processes(f"from moe_peft.cli import run; run(['fit', '--config={file}'])", tmp_path / "log")
+    assert status != 0
+    assert "the ranks disagree on the start of model.model.layers.0.self_attn.q_proj.factors.A: rank 0 has" in said
+
+
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_ends_both_and_keeps_the_last_checkpoint(world, tmp_path):  # noqa: F811
     config = world.config()
     config["trainer"] |= {"devices": 2, "strategy": "ddp", "default_root_dir": str(tmp_path / "run")}
@@ -142,6 +153,13 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_both_and_keeps_the_last_chec
     saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 3
     assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())
+
+
+class OtherSeed(pl.Callback):
+    """Lets every rank draw its own adapters."""
+
+    def setup(self, trainer, pl_module, stage):
+        torch.manual_seed(trainer.global_rank)
 
 
 class Spoil(pl.Callback):
