@@ -62,6 +62,10 @@ def describe(module: "MultitaskModule") -> dict[str, Any]:
     }
 
 
+class CutOffError(ValueError):
+    """A checkpoint file that is missing or not whole, as a killed process may leave it."""
+
+
 def read_checkpoint(path: str | Path, argument: str = "ckpt_path") -> dict[str, Any]:
     """Reads a checkpoint file onto the CPU.
 
@@ -70,18 +74,19 @@ def read_checkpoint(path: str | Path, argument: str = "ckpt_path") -> dict[str, 
         argument: whose value it is, for the error.
 
     Raises:
-        ValueError: no such file, a truncated file, or one that this package did not write.
+        CutOffError: no such file, or a truncated one.
+        ValueError: one that may not be read, or that this package did not write.
     """
     path = Path(path)
     if not path.is_file():
         words = ", or the word best or last" if argument == "ckpt_path" else ""
-        raise ValueError(f"{argument}: {str(path)!r} is no file; give a checkpoint{words}")
+        raise CutOffError(f"{argument}: {str(path)!r} is no file; give a checkpoint{words}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise ValueError(f"{argument}: {str(path)!r} may not be read; change its permissions") from None
     except Exception:  # torch raises a dozen kinds here: pickle, zip, EOF, runtime, and their texts help nobody
-        raise ValueError(
+        raise CutOffError(
             f"{argument}: {str(path)!r} is truncated or no checkpoint: give a whole file written by `moe_peft fit`"
         ) from None
     if not isinstance(checkpoint, dict) or "moe_peft" not in checkpoint:
@@ -141,23 +146,15 @@ def check_adapter_state(own: dict[str, Tensor], state: dict[str, Tensor]) -> Non
             f"the checkpoint's {name} has shape {list(state[name].shape)}, this run's {list(own[name].shape)}: "
             "another rank, number of experts or clusters; use its own config.yaml"
         )
-    check_finite(state, "the checkpoint's", "use one from before they came")
+    name = first_not_finite(state)
+    if name is not None:
+        raise ValueError(f"the checkpoint's {name} holds values that are not finite; use one from before they came")
 
 
-def check_finite(state: dict[str, Tensor], whose: str, fix: str) -> None:
-    """Refuses values that are not finite.
-
-    Args:
-        state: tensors by name.
-        whose: they are.
-        fix: what to do.
-
-    Raises:
-        ValueError: names the first tensor that has some.
-    """
-    for name, value in state.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(f"{whose} {name} holds values that are not finite; {fix}")
+def first_not_finite(state: dict[str, Tensor]) -> str | None:
+    """Names the first tensor with values that are not finite, if there is one."""
+    floats = ((name, value) for name, value in state.items() if value.is_floating_point())
+    return next((name for name, value in floats if not torch.isfinite(value).all()), None)
 
 
 def conflicts(there: Any, here: Any, free: Iterable[str] = (), prefix: str = "") -> list[str]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -11,9 +12,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import distributed
 
-from moe_peft import counting
+from moe_peft import counting, strategies
 from moe_peft.agreement import leave_together
 from moe_peft.callbacks import (
     ablation,
@@ -29,6 +31,7 @@ from moe_peft.callbacks import (
     transfer,
 )
 from moe_peft.callbacks.guards import Guards
+from moe_peft.callbacks.preemption import Preemption
 from moe_peft.callbacks.progress import PlainProgress
 from moe_peft.callbacks.resume import ExactResume
 from moe_peft.checkpoint import LOCATION, TRAINING, conflicts, read_checkpoint
@@ -36,14 +39,16 @@ from moe_peft.data import module as data_module
 from moe_peft.loggers import MetricsCSV
 from moe_peft.messages import one_line
 from moe_peft.methods.base import MultitaskModule
-from moe_peft.strategies import ShardedStrategy
+from moe_peft.resumption import checkpoint_files, read_first_whole
 
 # Imported so that their classes are known to the configuration by bare name.
 CALLBACKS = (ablation, confusion, freeze_then_route, null_expert, rank_report, semantic_prior, task_contrast, transfer)
-NAMED = (*counting.NAMED, *CALLBACKS)
+NAMED = (*counting.NAMED, *CALLBACKS, strategies)
+# Precisions that were tried with fsdp2.
+SHARDED = ("None", "32-true", "32", "bf16-mixed", "bf16")
+OTHER_SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 # Precisions that cast the whole module, adapters included.
 HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
-StrategyRegistry.register("fsdp2", ShardedStrategy, "FSDP2 (see moe_peft.strategies)", override=True)
 
 
 class Parser(LightningArgumentParser):
@@ -106,23 +111,23 @@ class CLI(LightningCLI):
 
         Lightning's own version lays the checkpoint's arguments over what the user typed, without a word.
         """
-        config = self.config.get(self.config.subcommand, {})
-        path = config.get("ckpt_path")
-        if path in ("best", "last"):
-            path = config.ckpt_path = str(Path(config.trainer.default_root_dir) / "checkpoints" / f"{path}.ckpt")
-        if not path and self.config.subcommand != "fit":
+        config, fit = self.config.get(self.config.subcommand, {}), self.config.subcommand == "fit"
+        path, folder = config.get("ckpt_path"), Path(config.trainer.default_root_dir)
+        if not path and not fit:
             raise ValueError(
                 f"ckpt_path: {self.config.subcommand} needs a checkpoint; add --ckpt_path <run>/checkpoints/best.ckpt"
             )
-        if not path or path in ("hpc", "registry"):
+        files = checkpoint_files(path, folder)
+        if not files or path == "registry":
             return
-        content = read_checkpoint(path)
-        if self.config.subcommand == "fit" and "optimizer_states" not in content:
+        file, content = read_first_whole(files) if fit else (files[0], read_checkpoint(files[0]))
+        config.ckpt_path = str(file)
+        if fit and "optimizer_states" not in content:
             raise ValueError(
-                f"ckpt_path: {str(path)!r} holds a model only, no training to go on with; test it, or grow it further"
+                f"ckpt_path: {str(file)!r} holds a model only, no training to go on with; test it, or grow it further"
             )
         there, here = content["moe_peft"]["config"], plain_model_config(config)
-        free = LOCATION if self.config.subcommand == "fit" else LOCATION + TRAINING
+        free = LOCATION if fit else LOCATION + TRAINING
         found = [] if there is None else conflicts(there, here, free)
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
@@ -180,10 +185,14 @@ def refuse_unsupported(trainer: Any) -> None:
             "set the backbone's dtype instead and use 32-true or bf16-mixed"
         )
     strategy = trainer.strategy if isinstance(trainer.strategy, str) else trainer.strategy.get("class_path", "")
-    if strategy in ("fsdp", "fsdp_cpu_offload") or strategy.endswith(("FSDPStrategy", "ModelParallelStrategy")):
+    if strategy.startswith(("fsdp_", "deepspeed")) or strategy == "fsdp" or strategy.endswith(OTHER_SHARDING):
         raise ValueError(
             f"trainer.strategy: {strategy!r} does not shard these models right; use fsdp2 "
             "(--config configs/trainer/fsdp.yaml)"
+        )
+    if (strategy == "fsdp2" or strategy.endswith("ShardedStrategy")) and str(trainer.precision) not in SHARDED:
+        raise ValueError(
+            f"trainer.precision: {str(trainer.precision)!r} is not supported by fsdp2; use 32-true or bf16-mixed"
         )
 
 
@@ -224,6 +233,7 @@ def quiet() -> None:
 def run(arguments: list[str]) -> CLI:
     """Parses `arguments` and runs the command; a user's mistake ends in one line and status 2."""
     quiet()
+    alone = not (distributed.is_available() and distributed.is_initialized())
     try:
         cli = CLI(
             MultitaskModule,
@@ -236,7 +246,7 @@ def run(arguments: list[str]) -> CLI:
             auto_configure_optimizers=False,
             seed_everything_default=0,
             trainer_defaults={
-                "callbacks": [Guards(), ExactResume(), PlainProgress()],
+                "callbacks": [Guards(), ExactResume(), PlainProgress(), Preemption()],
                 "use_distributed_sampler": False,
                 "default_root_dir": "runs/default",
                 "gradient_clip_val": 1.0,
@@ -247,8 +257,13 @@ def run(arguments: list[str]) -> CLI:
             },
             args=arguments,
         )
-        leave_together()
+        if alone:  # before: a process group that was made here
+            leave_together()
         return cli
+    except SIGTERMException:
+        leave_together()
+        # Shells and schedulers know this status; but Lightning's launcher kills rank zero when another process fails.
+        sys.exit(128 + signal.SIGTERM if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("MOE_PEFT_TRACEBACK"):
             raise

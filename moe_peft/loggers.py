@@ -123,8 +123,9 @@ class MetricsCSV(Logger):
             self.path.rename(self.path.with_name(f"metrics.{number}.csv"))
             return
         with self.path.open(newline="") as file:
+            next(file, None)
             # A killed process may leave half a row at the end.
-            rows = [row for row in csv.reader(file) if len(row) == len(HEADER) and row[0].isdigit() and row[-1]]
+            rows = list(csv.reader(line for line in file if line.endswith("\n")))
         kept = [row for row in rows if int(row[0]) <= step]
         self._resumed_at = (step, {row[2] for row in kept if int(row[0]) == step})
         temporary = self.path.with_name(f"metrics.csv.{os.getpid()}")

@@ -34,7 +34,9 @@ def keep_recordable(model: nn.Module) -> None:
 
 
 def offload_input(block: nn.Module) -> None:
-    """Lets a recomputed block's input, all that it keeps for backward, wait in the host's memory."""
+    """Lets a recomputed block's input wait for backward in the host's memory; masks and positions, which all blocks
+    share, stay where they are.
+    """
     recompute: Any = block._gradient_checkpointing_func
 
     def offloaded(*args: Any, **kwargs: Any) -> Any:

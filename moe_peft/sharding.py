@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 
 def shard(module: "MultitaskModule", mesh: "DeviceMesh") -> None:
-    """Cuts a built method over the ranks of a mesh, which all must hold the same values.
+    """Cuts a built method over the ranks of a mesh, which must all hold the same values (`ShardedStrategy` compares).
 
     Args:
         module: built; its base is on the CPU, and goes to the mesh's device block by block.
@@ -34,17 +35,10 @@ def shard(module: "MultitaskModule", mesh: "DeviceMesh") -> None:
     Raises:
         ValueError: a trainable parameter that belongs to no module which is entered by itself.
     """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    from transformers.modeling_layers import GradientCheckpointingLayer
+    from torch.distributed.fsdp import fully_shard
 
     model = module.built()
-    for block in model.modules():
-        if isinstance(block, GradientCheckpointingLayer):
-            fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    keep_recordable(model)
-    setattr(model, "enter", _call)  # noqa: B010  (typed as a module)
-    register_fsdp_forward_method(model, "enter")
+    shard_backbone(model, mesh)
     for child in module.children():
         if child is not model and any(parameter.requires_grad for parameter in child.parameters()):
             fully_shard(child, mesh=mesh, reshard_after_forward=False)
@@ -54,6 +48,25 @@ def shard(module: "MultitaskModule", mesh: "DeviceMesh") -> None:
                 f"strategy: {name} is trained but lies in no module that FSDP2 cuts, so that its ranks would drift "
                 "apart; hold it in a child module of the method that is called as a module"
             )
+
+
+def shard_backbone(model: nn.Module, mesh: "DeviceMesh") -> None:
+    """Cuts a Hugging Face model, block by block, and gives it `enter` (see there)."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = [block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)]
+    if not blocks:
+        rank_zero_warn(
+            f"{type(model).__name__} has no blocks that can be gathered one by one: every step gathers it whole, so "
+            "that sharding saves no memory while it runs"
+        )
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    keep_recordable(model)
+    setattr(model, "enter", _call)  # noqa: B010  (typed as a module)
+    register_fsdp_forward_method(model, "enter")
 
 
 def _call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -96,6 +109,7 @@ def gathered(*modules: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         for part, name, parameter in held:
+            release(part)  # a root of its own that was entered meanwhile
             part._parameters[name] = parameter
 
 

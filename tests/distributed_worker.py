@@ -4,6 +4,7 @@ All ranks write what they saw into a file of their own, then leave the process g
 """
 
 import itertools
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,11 +47,14 @@ class Case(NamedTuple):
     options: dict[str, Any] = {}
     optimizer: str = "SGD"
     steps: int = 4
+    built: bool = False
+    """Whether the module is built before the trainer sees it."""
 
     @property
     def name(self) -> str:
         """As a test calls it."""
         more = [*self.options, self.dtype if self.dtype != "float32" else "", f"{self.steps} steps"]
+        more += ["built before"] if self.built else []
         how = "recomputed" if self.checkpointing else "kept"
         return " ".join([self.method, self.kind, how, f"x{self.accumulation}", *filter(None, more)])
 
@@ -72,6 +76,7 @@ CASES += [
     Case("LoRA", "classifier", True, 2),
     Case("TTLoRAMoE", "causal", False, 1, options={"straight_through": True}),
     Case("TTLoRAMoE", "causal", False, 1, steps=20),
+    Case("LoRA", "causal", False, 1, built=True),
     Case("TRex", "causal", True, 1, dtype="bfloat16"),
 ]
 BREAKS = [
@@ -163,7 +168,13 @@ def build(case: Case, root: Path) -> tuple[Any, MultitaskDataModule]:
     tasks = [str(root / "tasks" / name) for name in TASKS.get(case.kind, CLASSES)]
     sampling = EqualRows() if case.method == "TTLoRAMoE" else None
     data = MultitaskDataModule(
-        tasks, backbone, batch_size=24, eval_batch_size=8, max_length=32, sampling=sampling, steps_per_epoch=case.steps
+        tasks,
+        backbone,
+        batch_size=24,
+        eval_batch_size=8,
+        max_length=32,
+        sampling=sampling,
+        steps_per_epoch=case.steps // 2,
     )
     optimizers: dict[str, Any] = {
         "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -181,18 +192,18 @@ def build(case: Case, root: Path) -> tuple[Any, MultitaskDataModule]:
 
 def trainer_of(case: Case, root: Path, strategy: Any, *more: pl.Callback) -> pl.Trainer:
     """Makes a trainer for one process, or for two with a strategy."""
-    processes = 1 if strategy == "auto" else 2
+    processes = int(os.environ.get("WORLD_SIZE", 1 if strategy == "auto" else 2))
     return pl.Trainer(
         accelerator="cpu",
         devices=processes,
         strategy=ShardedStrategy() if strategy == "fsdp" else strategy,
         use_distributed_sampler=False,
-        max_epochs=1,
+        max_epochs=2,
         accumulate_grad_batches=case.accumulation,
         gradient_clip_val=CLIP,
         callbacks=[*callbacks_of(case), *more, Guards(), ExactResume()],
         logger=False,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -203,6 +214,8 @@ def trainer_of(case: Case, root: Path, strategy: Any, *more: pl.Callback) -> pl.
 def run(case: Case, root: Path, strategy: str) -> dict[str, Any]:
     """Fits and tests one case."""
     module, data = build(case, root)
+    if case.built:
+        module.built()
     watch = Watch()
     trainer = trainer_of(case, root, strategy, Alive(), watch)
     trainer.fit(module, datamodule=data)
@@ -247,7 +260,8 @@ def main(strategy: str, root: str, wanted: str = "") -> None:
     found: dict[str, Any] = {case.name: run(case, Path(root), strategy) for case in CASES if wanted in case.name}
     found |= {f"break off {case.name}": break_off(case, Path(root), strategy) for case in BREAKS if wanted in case.name}
     rank = 0 if strategy == "auto" else torch.distributed.get_rank()
-    torch.save(found, Path(root) / f"{strategy}-{rank}.pt")
+    world = os.environ.get("WORLD_SIZE", "1" if strategy == "auto" else "2")
+    torch.save(found, Path(root) / f"{strategy}-{world}-{rank}.pt")
     leave_together()
 
 

@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from moe_peft.batch import IGNORE_INDEX
 from moe_peft.embedders import HiddenStates, InputEmbeddings, TfIdf
+from moe_peft.sharding import shard_backbone
 from tests.tiny_embedders import PROMPTS, bind, make_batch, texts
 
 READERS = [
@@ -161,11 +162,10 @@ def test_fsdp_sharded_table_gives_the_same_vectors():
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
         from torch.distributed.tensor import DTensor
 
         model = embedder.bound.model
-        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        shard_backbone(model, init_device_mesh("cpu", (1,)))
         assert isinstance(model.get_input_embeddings().weight, DTensor)
         assert torch.equal(embedder.raw(make_batch(PROMPTS)), expected)
     finally:

@@ -36,6 +36,7 @@ def test_a_fit_fills_its_run_folder(whole):  # noqa: F811
         "metrics.csv",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
+        "checkpoints/last.previous.ckpt",
         "results.json",
         "results.md",
         "predictions.jsonl",

@@ -103,8 +103,9 @@ def test_resume_drops_half_a_row_and_later_steps(tmp_path):
     with pytest.raises(Killed):
         trainer(tmp_path, 3).fit(Tiny(5), loader(), loader())
     with open(tmp_path / "metrics.csv", "a") as file:
-        file.write("99,0,train/step,99.0\n1")
+        file.write("99,0,train/step,99.0\n3,,diagnostic,0.")
     trainer(tmp_path, 3).fit(Tiny(), loader(), loader(), ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert "diagnostic" not in {name for _, name, _ in table(tmp_path)}
     assert [step for step, name, _ in table(tmp_path) if name == "train/step"] == list(range(12))
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,19 +203,22 @@ class Recorder(Callback):
 
     Args:
         stop_at: raise before the micro-batch of this number, as a killed process would end.
+        pause: wait so many seconds after every micro-batch, for a test that is to hit it.
     """
 
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.stop_at = stop_at
+    def __init__(self, stop_at: int | None = None, pause: float = 0.0) -> None:
+        self.stop_at, self.pause = stop_at, pause
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.stop_at:
             raise RuntimeError("killed")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        line = {"step": trainer.global_step, "rows": batch["row_id"], "loss": float(outputs["loss"]).hex()}
+        place = {"rank": trainer.global_rank, "batch": trainer.fit_loop.total_batch_idx, "step": trainer.global_step}
+        line = place | {"rows": batch["row_id"], "loss": float(outputs["loss"]).hex()}
         with (Path(trainer.default_root_dir) / "rows.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+        time.sleep(self.pause)
 
 
 def recorded(folder: Path) -> list[dict[str, Any]]:

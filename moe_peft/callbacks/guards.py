@@ -7,10 +7,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from moe_peft.agreement import agree, from_all_ranks
+from moe_peft.checkpoint import describe
 from moe_peft.data.module import MultitaskDataModule
 from moe_peft.methods.base import MultitaskModule
 from moe_peft.optim import parameter_groups, trained_parameters
 from moe_peft.sharding import local
+
+LOCATED = ("backbone", "embedder", "features")
+"""Arguments of a method with paths in them, which have fingerprints."""
 
 
 class Guards(Callback):
@@ -26,16 +30,15 @@ class Guards(Callback):
             ValueError: the ranks differ; names in what.
         """
         self._seen = set()
-        if stage != "fit" or trainer.world_size == 1:
+        if trainer.world_size == 1:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, MultitaskDataModule):
-            agree(data_facts(data))
+            agree(data_facts(data, stage))
         assert isinstance(pl_module, MultitaskModule)
         with trainer.strategy.tensor_init_context(), trainer.strategy.model_sharded_context():  # as Lightning would
             pl_module.configure_model()
-        agree({name: str(list(parameter.shape)) for name, parameter in trained_parameters(pl_module).items()})
-        agree({f"the start of {name}": value for name, value in pl_module.drawn.items()})
+        agree(module_facts(pl_module))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Looks at the gradients of what the present stage trains, once per stage.
@@ -62,10 +65,8 @@ def first_fault(module: MultitaskModule, scaled: bool) -> str | None:
         if id(parameter) not in open_now:
             continue
         if parameter.grad is None:
-            return (
-                f"{name} got no gradient, so that nothing would train it; the model's forward leaves its linear out: "
-                "leave it out of model.targets too"
-            )
+            fix = "; leave its linear out of model.targets" if name.startswith("model.") else ""
+            return f"{name} got no gradient, so that nothing would train it: no loss depends on it{fix}"
         if not scaled and not torch.isfinite(local(parameter.grad)).all():
             return (
                 f"{name} got a gradient that is not finite; give the backbone a dtype of wider range, or look at the "
@@ -74,12 +75,26 @@ def first_fault(module: MultitaskModule, scaled: bool) -> str | None:
     return None
 
 
-def data_facts(data: MultitaskDataModule) -> dict[str, str]:
-    """Returns what decides every global batch, and the rows that are validated."""
-    loader = data.train_dataloader()
-    return {
-        "the training rows": data.cache_key("train"),
-        "the validation rows": data.cache_key("validation"),
-        "the order of the rows": str(loader.multitask_sampler.identity(0)),
-        "the seed": os.environ.get("PL_GLOBAL_SEED", "none"),
-    }
+def module_facts(module: MultitaskModule) -> dict[str, str]:
+    """Returns what a module is: where its files lie may differ from node to node."""
+    about = describe(module)
+    options = (about["config"] or {}).get("init_args", {})
+    facts = {"the method": about["method"], "the frozen base": about["fingerprint"], "the embedder": about["embedder"]}
+    plain = {f"model.{name}": str(value) for name, value in options.items() if name not in LOCATED}
+    return facts | plain | {name: str(list(own.shape)) for name, own in trained_parameters(module).items()}
+
+
+def data_facts(data: MultitaskDataModule, stage: str) -> dict[str, str]:
+    """Returns what decides the batches of a stage; the test rows also of a fit, which ends in a test."""
+    facts = {"the seed": os.environ.get("PL_GLOBAL_SEED", "none")}
+    if stage == "predict":
+        return facts | {"the rows": data.cache_key(data.predict_split, labelled=False)}
+    if stage == "fit":
+        facts["the training rows"] = data.cache_key("train")
+        facts["the order of the rows"] = str(data.train_dataloader().multitask_sampler.identity(0))
+    if stage in ("fit", "validate"):
+        facts["the validation rows"] = data.cache_key("validation")
+    if stage in ("fit", "test"):
+        facts["the test rows"] = data.cache_key("test")
+        facts["the rows outside"] = str({name: len(rows) for name, rows in data.outside_rows.items()})
+    return facts

@@ -1,4 +1,4 @@
-"""How a split is evaluated: single-task batches of similar length, the tasks in turn, each row once over all ranks."""
+"""How a split is evaluated: single-task batches of similar length, the tasks in turn, shared out over the ranks."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from moe_peft.batch import Batch
 from moe_peft.data.collate import Collator
 from moe_peft.data.encoding import EncodedRow
+from moe_peft.data.loader import outlive_sigterm
 
 
 class EvalBatches(Dataset[Batch]):
@@ -75,4 +76,6 @@ def evaluation_loader(dataset: EvalBatches, num_workers: int, seed: int) -> Data
         seed: Seed of the workers' own random state.
     """
     generator = torch.Generator().manual_seed(seed)
-    return DataLoader(dataset, batch_size=None, num_workers=num_workers, generator=generator)
+    return DataLoader(
+        dataset, batch_size=None, num_workers=num_workers, generator=generator, worker_init_fn=outlive_sigterm
+    )

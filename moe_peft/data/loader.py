@@ -1,6 +1,7 @@
 """How an epoch's training plan reaches one process: slices of global batches, and a loader that can resume."""
 
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -170,6 +171,7 @@ class ResumableLoader(DataLoader[Batch]):
             batch_size=None,
             num_workers=num_workers,
             generator=torch.Generator().manual_seed(seed),
+            worker_init_fn=outlive_sigterm,
         )
         self.multitask_sampler = sampler
         self.handed_out = 0
@@ -205,6 +207,11 @@ class ResumableLoader(DataLoader[Batch]):
                 "the epoch would hold other rows; set it back, or start a new run."
             )
         self.multitask_sampler.resume_at = (state["epoch"], state["handed_out"])
+
+
+def outlive_sigterm(worker: int) -> None:
+    """Leaves a SIGTERM that comes to a whole process group to the process that needs this worker's batches."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def place_of(trainer: Trainer | None) -> tuple[int, int, int]:

@@ -237,10 +237,15 @@ class MultitaskDataModule(LightningDataModule):
                 return min(counts, key=lambda label: (-counts[label], label)) if counts else None
         raise ValueError(f"task '{task_name}' is unknown; use one of {', '.join(spec.name for spec in self.specs)}.")
 
-    def cache_key(self, split: Split) -> str:
-        """Fingerprints what a model is shown on a split: rows, templates, tokens, answers and metrics (sha256)."""
+    def cache_key(self, split: Split, labelled: bool = True) -> str:
+        """Fingerprints what a model is shown on a split: rows, templates, tokens, answers and metrics (sha256).
+
+        Args:
+            split: The split.
+            labelled: See `rows`.
+        """
         digest = hashlib.sha256(repr((self.backbone.kind, self.specs)).encode())
-        for row in self.rows(split):
+        for row in self.rows(split, labelled):
             seen = (row.row_id, row.prompt, row.answer, row.options, row.row.get("choices"), row.target)
             digest.update(repr(seen).encode())
         return digest.hexdigest()

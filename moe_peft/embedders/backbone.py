@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from moe_peft.backbones import Backbone, Classifier
 from moe_peft.batch import Batch
@@ -32,7 +31,8 @@ class InputEmbeddings(Embedder):
     def raw(self, batch: Batch) -> Tensor:
         """Returns [B, d] fp32."""
         tokens, lengths = prompt_tokens(batch)
-        return mean_by_row(_look_up(input_embeddings(self.bound.model), tokens), lengths)
+        model = self.bound.model
+        return mean_by_row(enter(model, input_embeddings(model), tokens), lengths)
 
     def fingerprint(self) -> str:
         """Class and backbone weights."""
@@ -144,18 +144,6 @@ class HiddenStates(Embedder):
         """Class, arguments and backbone weights."""
         how = "" if self.pooled_by == "mean" else f", pooling={self.pooled_by}"
         return f"HiddenStates(layer={self.layer}{how}) of {self.base_fingerprint()}"
-
-
-def _look_up(embedding: nn.Embedding, tokens: Tensor) -> Tensor:
-    """Returns the tokens' vectors [n, d], also where FSDP2 keeps the table sharded outside the model's own forward."""
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
-
-    weight = embedding.weight
-    # A layer that was wrapped by itself gathers its table when it is entered; one in the root's group does not.
-    if isinstance(weight, DTensor) and not isinstance(embedding, FSDPModule):
-        return functional_call(embedding, {"weight": weight.full_tensor()}, (tokens,))
-    return embedding(tokens)
 
 
 def _savings(model: nn.Module) -> dict[str, int | bool]:

@@ -29,7 +29,7 @@ from moe_peft.methods.training import LossMean, TrainingSteps
 from moe_peft.optim import LearningRates, WarmupDecay, WeightDecays, trained_parameters
 from moe_peft.predictions import Prediction, Ranking
 from moe_peft.quirks import contiguous_input, offload_input, silence_dropout
-from moe_peft.sharding import shard
+from moe_peft.sharding import is_sharded, shard
 
 
 class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
@@ -91,8 +91,8 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
         self.prior: SemanticPrior | None = None
         self.config: dict[str, Any] | None = None
         self._recomputed: list[nn.Module] = []
-        self.drawn: dict[str, str] = {}
-        """The sums of the trainable parameters before they were cut, which every rank drew for itself."""
+        self.cut_from: dict[str, str] = {}
+        """What told the base and the trainable parameters before they were cut, of which every rank had its own."""
         self.fingerprint = ""
         self.representation: Representation | None = None
         """What a row's vector was where inputs were drawn to task embeddings (by TaskContrast), else None."""
@@ -138,13 +138,15 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
 
     def configure_model(self) -> None:
         """Builds the model, and cuts it over all ranks where the strategy asks for that; idempotent."""
-        if self.model is not None:
-            return
-        self.assemble()
-        if self._device_mesh is not None:
+        if self.model is None:
+            self.assemble()
+        if self._device_mesh is not None and not is_sharded(self):
             if self.embedder is not None:
                 self.embedder.fingerprint()  # it can be taken of a whole base only
-            self.drawn = {name: str(own.double().sum().item()) for name, own in trained_parameters(self).items()}
+            start = {
+                f"the start of {name}": str(own.double().sum().item()) for name, own in trained_parameters(self).items()
+            }
+            self.cut_from = {"the frozen base": self.fingerprint, **start}
             shard(self, self._device_mesh["data_parallel"])
 
     def assemble(self) -> None:
@@ -178,7 +180,8 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
 
     def built(self) -> nn.Module:
         """Returns the adapted model, building it if need be."""
-        self.configure_model()
+        if self.model is None:
+            self.configure_model()
         assert self.model is not None
         return self.model
 

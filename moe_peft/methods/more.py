@@ -96,6 +96,19 @@ class MoRE(MultitaskModule):
         self.unknown = UnknownTasks(unknown_task, self.specs)
         self.task_embedding: TaskEmbedding | None = None
 
+    def configure_model(self) -> None:
+        """Refuses what reads whole task tables where they will be cut, then builds as every method.
+
+        Raises:
+            ValueError: unknown tasks under FSDP2.
+        """
+        if self._device_mesh is not None and self.unknown.how != "error":
+            raise ValueError(
+                f"unknown_task: {self.unknown.how} reads whole task tables, which fsdp2 cuts; train with error, and "
+                "test on one device or with ddp"
+            )
+        super().configure_model()
+
     def assemble(self) -> None:
         """Makes the shared task embeddings, where there are any, then builds as every method."""
         if self.embedding_dim is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_peft.batch import Batch
 from moe_peft.layers.representation import Representation, cosines, represent
 from moe_peft.methods.scoring import causal_logits, position_ids
+from moe_peft.sharding import enter
 
 if TYPE_CHECKING:
     from moe_peft.methods.base import MultitaskModule
@@ -71,7 +72,7 @@ def read_prompts(module: "MultitaskModule", ids: Tensor, mask: Tensor) -> None:
     """Runs the part of the model that reads prompts [U, S]."""
     model: Any = module.built()
     if module.backbone.kind == "seq2seq":
-        model.get_encoder()(input_ids=ids, attention_mask=mask)
+        enter(model, model.get_encoder(), input_ids=ids, attention_mask=mask)
     elif module.backbone.kind == "causal":
         causal_logits(model, ids, mask, position_ids(mask), 1)
     else:

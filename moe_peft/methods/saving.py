@@ -4,10 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_peft.checkpoint import check_adapter_state, check_finite, describe, refuse_foreign
+from moe_peft.agreement import from_all_ranks
+from moe_peft.checkpoint import check_adapter_state, describe, first_not_finite, refuse_foreign
 from moe_peft.methods.merging import merged_layers
 from moe_peft.methods.training import Part
-from moe_peft.sharding import like
+from moe_peft.sharding import like, local
 
 
 class AdapterSaving(Part):
@@ -24,11 +25,14 @@ class AdapterSaving(Part):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the frozen base out and adds what is needed to refuse a wrong one."""
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = own = {
-            name: value for name, value in state.items() if not self.belongs_to_base(name)
-        }
-        fix = "nothing is saved; resume from the last checkpoint, with a lower learning rate"
-        check_finite(own, "this step's", fix)
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if not self.belongs_to_base(name)}
+        own = {name: local(value) for name, value in self.adapter_state().items()}
+        bad = [name for name in from_all_ranks(first_not_finite(own)) if name is not None]
+        if bad:
+            raise ValueError(
+                f"this step's {bad[0]} holds values that are not finite; nothing is saved; resume from the last "
+                "checkpoint, with a lower learning rate"
+            )
         checkpoint["moe_peft"] = describe(self._module())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -18,7 +18,6 @@ from moe_peft.methods.evaluation import routed_shares
 from moe_peft.methods.nearest_task import nearest_task
 from moe_peft.methods.task_rows import resize, sources, with_heads, with_rows
 from moe_peft.predictions import Prediction
-from moe_peft.sharding import is_sharded
 
 if TYPE_CHECKING:
     from moe_peft.methods.more import MoRE
@@ -54,8 +53,6 @@ class UnknownTasks:
             ValueError: a checkpoint of another method or base, or classifier heads that it lacks.
         """
         module.configure_model()
-        if is_sharded(module):
-            raise ValueError(f"unknown_task: {self.how} reads whole task tables; test on one device, or with ddp")
         refuse_foreign(checkpoint, describe(module), tasks=False)
         check_adapter_names(module.adapter_state(), checkpoint["state_dict"])
         about = checkpoint["moe_peft"]

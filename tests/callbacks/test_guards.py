@@ -49,7 +49,7 @@ def fit(module, *batches):
 
 
 def test_a_parameter_without_a_gradient_is_named():
-    with pytest.raises(ValueError, match=r"^step 0: heads\.weight got no gradient.*model\.targets"):
+    with pytest.raises(ValueError, match=r"^step 0: heads\.weight got no gradient, .* no loss depends on it$"):
         fit(build(Half), random_batch())
 
 
