@@ -57,9 +57,8 @@ def test_memory_and_open_files_do_not_grow(world, tmp_path):  # noqa: F811
     config["trainer"] |= {"max_epochs": 4, "val_check_interval": 125, "log_every_n_steps": 5}
     config["trainer"]["callbacks"][-1] = {"class_path": "tests.test_soak.Usage", "init_args": {"steps": [200, 1999]}}
     file = world.write(tmp_path / "config.yaml", config)
-    finish(
-        start(file, folder, "--checkpoint.every_n_train_steps=20"), folder
-    )  # alone: other tests leave memory to free
+    # In a process of its own: here, what other tests left would be freed meanwhile.
+    finish(start(file, folder, "--checkpoint.every_n_train_steps=20"), folder)
     early, late = json.loads((folder / "usage.json").read_text())
     assert late["files"] == early["files"]
     assert {name: late[name] / early[name] for name in late} == pytest.approx(dict.fromkeys(late, 1.0), abs=0.02), late
