@@ -8,12 +8,15 @@ computed for other rows, or a model called with other rows, raises.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from moe_peft.batch import content_key
+
+if TYPE_CHECKING:
+    from moe_peft.kernels.gated import Kernels
 
 T = TypeVar("T")
 
@@ -32,9 +35,15 @@ Contrast = Callable[[str, Tensor, Tensor], Tensor | None]
 
 
 class RoutingContext:
-    """Facts of the batch that is being processed, and the routing that was recorded for it."""
+    """Facts of the batch that is being processed, and the routing that was recorded for it.
 
-    def __init__(self) -> None:
+    Args:
+        kernels: what computes the updates of all layers (see `kernels.gated`).
+    """
+
+    def __init__(self, kernels: "Kernels" = "auto") -> None:
+        self.kernels: Kernels = kernels
+        """What computes the updates of all layers."""
         self.enabled = True
         """False: every adapted layer is its bare base (see `disabled`)."""
         self.recording = False

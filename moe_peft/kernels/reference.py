@@ -2,15 +2,40 @@
 
     y = y0 + s * B C(x) A x
 
-Shapes: x [..., D], y0 [..., O], A [R, D], B [O, Q]. The core C maps rank space to rank space and comes in three forms,
-told apart by its number of dimensions against x (its leading dimensions broadcast over those of x):
+Shapes: x [..., D], y0 [..., O], A [R, D], B [O, Q]. The core C maps rank space to rank space. In general it is given as
+a tensor (`apply_core`), in one of three forms told apart by its number of dimensions against x (its leading dimensions
+broadcast over those of x):
 
     None               identity           Q = R
     [..., R]           diagonal           Q = R, same number of dimensions as x
     [..., Q, R]        full matrix        one dimension more than x
+
+Most methods decide only one weight g per expert and token (a `Gate`), from which the core follows by its form:
+
+    g = α softmax(W_r x) + β              [..., E], α a scalar, β any weights of a row or token
+    identity    C = I                     Q = R, no g
+    diagonal    C = diag(g)               Q = R = E
+    block       C = diag(g ⊗ 1)           Q = R = E * r: expert e has ranks e * r .. e * r + r - 1
+    matrix      C = Gᵀ                    G = g as [R, Q], E = R * Q: pair (i, j) joins row i of A and column j of B
 """
 
+from typing import Literal, NamedTuple
+
 from torch import Tensor
+
+Form = Literal["identity", "diagonal", "block", "matrix"]
+
+
+class Gate(NamedTuple):
+    """What decides the core of every token; the default is the identity (plain LoRA)."""
+
+    form: Form = "identity"
+    rows: Tensor | None = None
+    """W_r [E, D], scores of x; None leaves g = β."""
+    alpha: Tensor | None = None
+    """α [1], only with `rows`."""
+    beta: Tensor | None = None
+    """β [B or 1, S or 1, E], as many dimensions as x; without `rows` required, but for the identity."""
 
 
 def apply_core(h: Tensor, core: Tensor | None) -> Tensor:
@@ -32,6 +57,39 @@ def apply_core(h: Tensor, core: Tensor | None) -> Tensor:
     raise ValueError(f"core has {core.dim()} dimensions, activations have {h.dim()}: expected as many or one more")
 
 
+def gate_weights(scores: Tensor | None, alpha: Tensor | None, beta: Tensor | None) -> Tensor:
+    """Returns g = α softmax(scores) + β: [..., E].
+
+    Args:
+        scores: [..., E], or None.
+        alpha: [1], with scores.
+        beta: [..., E] broadcasting over the scores, or None.
+    """
+    if scores is None or alpha is None:
+        assert beta is not None
+        return beta
+    g = alpha * scores.softmax(-1)
+    return g if beta is None else g + beta
+
+
+def apply_gate(h: Tensor, g: Tensor, form: Form) -> Tensor:
+    """Applies the core that follows from g.
+
+    Args:
+        h: [..., R].
+        g: [..., E], leading dimensions broadcast over those of h.
+        form: see the module's docstring; not the identity.
+
+    Returns:
+        [..., Q].
+    """
+    if form == "diagonal":
+        return h * g
+    if form == "block":
+        return (h.unflatten(-1, (g.shape[-1], -1)) * g.unsqueeze(-1)).flatten(-2)
+    return (h.unsqueeze(-1) * g.unflatten(-1, (h.shape[-1], -1))).sum(-2)
+
+
 def low_rank_update(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, core: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
@@ -46,3 +104,21 @@ def low_rank_update(
         scale: constant factor s.
     """
     return y + scale * (apply_core(x @ a.mT, core).to(y.dtype) @ b.mT)
+
+
+def gated_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Gate, scale: float = 1.0) -> Tensor:
+    """Returns y + scale * B C A x for the core of a gate, out of place, in the dtype of its arguments.
+
+    Args:
+        y: [..., O] output of the frozen linear.
+        x: [..., D] its input.
+        a: [R, D], or [B, R, D]: one for each row of x [B, S, D].
+        b: [O, Q], or [B, O, Q].
+        gate: what decides the core.
+        scale: constant factor s.
+    """
+    h = x @ a.mT
+    if gate.form != "identity":
+        scores = None if gate.rows is None else x @ gate.rows.mT
+        h = apply_gate(h, gate_weights(scores, gate.alpha, gate.beta), gate.form)
+    return y + scale * (h.to(y.dtype) @ b.mT)

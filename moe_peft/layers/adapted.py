@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from moe_peft.context import RoutingContext
 from moe_peft.kernels.dispatch import expand, shrink
-from moe_peft.kernels.reference import apply_core
+from moe_peft.kernels.gated import Prepared, gated_inference, gated_linear, gated_update, prepare
+from moe_peft.kernels.reference import Gate, apply_core
 from moe_peft.layers.factors import Factors
 from moe_peft.layers.routers import Router
 
@@ -72,8 +73,9 @@ class AdaptedLinear(nn.Module):
         return self.base.out_features
 
     def rank_space(self, x: Tensor, a: Tensor) -> Tensor:
-        """Returns C(x) A x: [..., Q], in fp32 where a core acts, else in the dtype of x."""
-        rows = None if self.router is None else self.router.rows()
+        """Returns C(x) A x [..., Q] in fp32 for the core that the router's `forward` gives."""
+        assert self.router is not None
+        rows = self.router.rows()
         if self.training and self.dropout > 0:
             h = shrink(torch.dropout(x, self.dropout, True), a)
             scores = None if rows is None else shrink(x, rows)
@@ -81,28 +83,46 @@ class AdaptedLinear(nn.Module):
             h, scores = shrink(x, a), None
         else:
             h, scores = shrink(x, torch.cat([a, rows])).split([a.shape[0], rows.shape[0]], -1)
-        if self.router is None:
-            return h
         return apply_core(h.to(a.dtype), self.router(x, h, scores, self.context, self.slot))
 
     def active_factors(self, rows: int) -> tuple[Tensor, Tensor]:
         """Returns A [R, D] and B [O, Q] for a batch of so many rows."""
-        return self.context.hold(f"{self.slot}.factors", rows, self.factors) if self.factors.derived else self.factors()
+        return self.factors()
+
+    def gate(self, x: Tensor) -> Gate | None:
+        """Returns what decides the core of each token; None where only the router's `forward` knows."""
+        return Gate() if self.router is None else self.router.gate(x, self.context, self.slot)
 
     def delta(self, x: Tensor) -> Tensor:
         """Returns the update alone, s * B C(x) A x: [..., O]."""
-        a, b = self.active_factors(len(x))
-        return expand(x.new_zeros(*x.shape[:-1], self.out_features), self.rank_space(x, a), b, self.scale)
+        return self._update(x.new_zeros(*x.shape[:-1], self.out_features), x, self.gate(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns W0 x + bias + delta(x): [..., O] in the base's dtype; merged, that is one plain linear."""
         if self.original is not None:
             return self._merged_forward(x, self.original)
-        y = self.base(x)
         if not self.context.enabled:
-            return y
+            return self.base(x)
+        gate, dropout, kernels = self.gate(x), self.dropout if self.training else 0.0, self.context.kernels
+        if gate is None:
+            return self._update(self.base(x), x, None)
+        if torch.is_grad_enabled() or dropout:
+            return gated_linear(x, self.base, *self.active_factors(len(x)), gate, self.scale, dropout, kernels)
+        return gated_inference(x, self.base, self.ready(x, gate), gate, self.scale, kernels)
+
+    def ready(self, x: Tensor, gate: Gate) -> Prepared:
+        """Returns factors as inference needs them; made once per batch."""
+        return self.context.hold(f"{self.slot}.ready", len(x), lambda: self._prepared(x, gate))
+
+    def _prepared(self, x: Tensor, gate: Gate) -> Prepared:
+        return prepare(*self.active_factors(len(x)), gate.rows, self.weight.dtype)
+
+    def _update(self, y: Tensor, x: Tensor, gate: Gate | None) -> Tensor:
         a, b = self.active_factors(len(x))
-        return expand(y, self.rank_space(x, a), b, self.scale)
+        if gate is None:
+            return expand(y, self.rank_space(x, a), b, self.scale)
+        dropout = self.dropout if self.training else 0.0
+        return gated_update(y, x, a, b, gate, self.scale, dropout, self.context.kernels)
 
     @property
     def merged(self) -> bool:

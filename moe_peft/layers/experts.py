@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_peft.context import RoutingContext
+from moe_peft.kernels.gated import Prepared
+from moe_peft.kernels.reference import Gate
 from moe_peft.layers.adapted import AdaptedLinear
 from moe_peft.layers.factors import TensorTrainFactors
 
@@ -73,7 +75,12 @@ class ExpertLinear(AdaptedLinear):
         a, b = self.fold(chosen.clamp(min=0))
         return a, b if self.training else b * (chosen >= 0).view(-1, 1, 1)  # the null expert is for evaluation only
 
-    def rank_space(self, x: Tensor, a: Tensor) -> Tensor:
-        """Returns w A x: [..., R]; the weight acts here, where it needs no gradient of A."""
-        h, weight = super().rank_space(x, a), self.context.get("weight", len(x))
-        return h if weight is None else h * weight.view(-1, *(1,) * (h.dim() - 1))
+    def ready(self, x: Tensor, gate: Gate) -> Prepared:
+        """Returns each row's factors; kept from one decoding step to the next only, where gathering would cost most."""
+        decoding = self.table is not None and x.shape[-2] == 1
+        return super().ready(x, gate) if decoding else self._prepared(x, gate)
+
+    def gate(self, x: Tensor) -> Gate:
+        """Returns w for the whole expert; it acts in rank space, where it needs no gradient of A."""
+        weight = self.context.get("weight", len(x))
+        return Gate() if weight is None else Gate("block", beta=weight.view(-1, *(1,) * (x.dim() - 1)))

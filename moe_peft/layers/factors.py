@@ -5,7 +5,7 @@ Shapes: D in, O out, R rows of A, Q columns of B.
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,6 @@ class Factors(nn.Module):
     """R, rows of A."""
     rank_out: int
     """Q, columns of B."""
-    derived: ClassVar[bool] = False
-    """Whether A and B are computed from what is stored, so that they are worth keeping where no gradient is needed."""
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Returns A [R, D] and B [O, Q] in fp32."""
@@ -69,8 +67,6 @@ class TensorTrainFactors(Factors):
         experts: E trains of the same layout, stacked; None holds one.
         device: where to create them.
     """
-
-    derived = True
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_peft.context import Routing, RoutingContext
+from moe_peft.kernels.reference import Gate
 from moe_peft.layers.routers import Router
 
 if TYPE_CHECKING:
@@ -156,9 +157,13 @@ class RankSelector(Router):
         """Returns the task's core [R]."""
         return self.experts[self.probabilities()[task].argmax()]
 
+    def gate(self, x: Tensor, context: RoutingContext, slot: str) -> Gate:
+        """Returns the rows' diagonal cores."""
+        return Gate("diagonal", beta=self(x, x, None, context, slot))
+
     def forward(self, x: Tensor, h: Tensor, scores: Tensor | None, context: RoutingContext, slot: str) -> Tensor:
         """Returns the diagonal core [B, 1, R]."""
-        core = context.hold(slot, h.shape[0], lambda: self._row_cores(context, slot, h))
+        core = context.hold(slot, len(x), lambda: self._row_cores(context, slot, x))
         if self.training and context.contrast is not None:
             context.add_term("contrast", slot, context.contrast(slot, x, self.task_embeddings()))
         if context.recording:
@@ -166,12 +171,12 @@ class RankSelector(Router):
             context.record(slot, Routing(((core != 0).sum(-1, keepdim=True) == ranks).float()))
         return core
 
-    def _row_cores(self, context: RoutingContext, slot: str, h: Tensor) -> Tensor:
+    def _row_cores(self, context: RoutingContext, slot: str, x: Tensor) -> Tensor:
         """Returns every row's core, [B, 1, R]."""
-        task_id = context.get("task_id", h.shape[0])
+        task_id = context.get("task_id", len(x))
         if task_id is None:
             raise ValueError("MoRE routes by task: the batch has no task_id; give every row the index of its task")
-        return self._cores(context, slot)[task_id].reshape(h.shape[0], *(1,) * (h.dim() - 2), h.shape[-1])
+        return self._cores(context, slot)[task_id].view(len(x), *(1,) * (x.dim() - 2), -1)
 
     def _cores(self, context: RoutingContext, slot: str) -> Tensor:
         """Returns every task's core [T, R], and leaves the mean expected rank where it costs.

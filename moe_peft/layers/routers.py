@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_peft.context import Routing, RoutingContext
+from moe_peft.kernels.reference import Gate
 
 
 class Router(nn.Module):
@@ -26,6 +27,16 @@ class Router(nn.Module):
 
     def rows(self) -> Tensor | None:
         """Returns the rows [E, D] that score an input, or None for a router that does not read it."""
+        return None
+
+    def gate(self, x: Tensor, context: RoutingContext, slot: str) -> Gate | None:
+        """Returns the gate from which the core follows, where it has such a form: the fast way past `forward`.
+
+        Args:
+            x: [B, S, D] the layer's input, before dropout.
+            context: the batch's facts.
+            slot: the adapted linear's name in the model.
+        """
         return None
 
     def static_core(self, task: int) -> Tensor | None:
@@ -145,6 +156,21 @@ class JointRouter(Router):
             )
         s = s.to(self.weight.dtype)
         return s if self.projection is None else s @ self.projection.mT
+
+    def gate(self, x: Tensor, context: RoutingContext, slot: str) -> Gate | None:
+        """Returns g = α p + β; None where p is no plain softmax, or where it is to be recorded."""
+        if self.top_k is not None or self.factorised or context.recording:
+            return None
+        alpha, beta = context.hold(slot, len(x), lambda: self._coefficients(context, len(x)))
+        beta = None if beta is None else beta.view(len(x), *(1,) * (x.dim() - 2), -1)
+        return Gate("diagonal" if self.rank1 else "matrix", self.weight, alpha, beta)
+
+    def _coefficients(self, context: RoutingContext, rows: int) -> tuple[Tensor, Tensor | None]:
+        """Returns α = token_coef m ω [1] and β = prior_coef m (1 - ω) s [B, E]."""
+        omega, magnitude = self.gates()
+        s, alpha = self.prior(context, rows), magnitude * omega
+        beta = None if s is None else self.prior_coef * (magnitude - alpha) * s
+        return self.token_coef * alpha, beta
 
     def forward(self, x: Tensor, h: Tensor, scores: Tensor | None, context: RoutingContext, slot: str) -> Tensor:
         """Returns C: [B, S, r2, r1], or the diagonal [B, S, E] in rank-one mode."""

