@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from moe_peft.methods.base import MultitaskModule
 
 FORMAT = 1
-# Where a model's files lie may differ from machine to machine; the fingerprints decide whether it is the same model.
-LOCATION = tuple(
+# Where a model's files lie, and what computes its adapters, may differ from machine to machine; the fingerprints decide
+# whether it is the same model.
+LOCATION = ("init_args.kernels",) + tuple(
     f"init_args.{owner}.init_args.{name}"
     for owner, names in {
         "backbone": (

@@ -52,7 +52,7 @@ class RoutingContext:
         self.contrast: Contrast | None = None
         """Compares a layer's input with the task embeddings while training (set by the TaskContrast callback)."""
         self._terms: dict[str, dict[str, Tensor]] = {}
-        self._held: dict[tuple[str, int], Any] = {}
+        self._held: dict[tuple[str, int | torch.Size], Any] = {}
         self._facts: dict[str, Tensor] = {}
         self._key: Tensor | None = None
         self._width = 0
@@ -126,7 +126,7 @@ class RoutingContext:
         """Takes the parts that this batch's layers left of a loss term; they must not outlive the step."""
         return list(self._terms.pop(name, {}).values())
 
-    def hold(self, slot: str, rows: int, make: Callable[[], T]) -> T:
+    def hold(self, slot: str, rows: int | torch.Size, make: Callable[[], T]) -> T:
         """Returns what `make` gives for a layer and so many rows: made once per batch where no gradient is needed.
 
         Weights that change are seen from the next batch on.

@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from numpy.random import SeedSequence
 
+from moe_peft.kernels.gated import backend
+
 logger = logging.getLogger(__name__)
 
 
@@ -78,8 +80,9 @@ def conditions(trainer: Trainer, module: LightningModule) -> dict[str, str | int
         "precision": str(trainer.precision),
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU {torch.backends.cpu.get_cpu_capability()}",
     }
-    if hasattr(module, "backbone"):  # the argument "auto" is another dtype on another machine
+    if hasattr(module, "backbone"):  # the argument "auto" is another dtype, or kernel, on another machine
         found["dtype"] = str(module.backbone.dtype)  # type: ignore[union-attr]
+        found["kernels"] = backend(module.context.kernels, cuda).__name__  # type: ignore[union-attr]
     return found
 
 

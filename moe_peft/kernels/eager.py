@@ -89,7 +89,9 @@ def _gate(z: Tensor, plan: Plan, alpha: Tensor | None, beta: Tensor | None) -> t
 
 
 def expand_(y: Tensor, o: Tensor, bt: Tensor, scale: float) -> Tensor:
-    """Adds scale * o B^T to y in place."""
+    """Adds scale * o B^T to y in place, whatever the dtype of y."""
+    if y.dtype != bt.dtype:
+        return y.add_(torch.matmul(o, bt), alpha=scale)
     add = torch.Tensor.addmm_ if bt.dim() == 2 else torch.Tensor.baddbmm_
     return add(y, o, bt, alpha=scale)
 

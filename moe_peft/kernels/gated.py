@@ -24,27 +24,38 @@ INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+FEW = 32
+"""Tokens up to which a CPU takes longer to start a product in half precision than to do it in fp32."""
+
+
 class Prepared(NamedTuple):
-    """Factors and router rows, ready for products."""
+    """All that an update needs besides its input."""
 
     w: Tensor
     """[A; W_r] as [R + E, D], or one for each row of the batch [B, R + E, D]."""
     bt: Tensor
     """Bᵀ [Q, O] or [B, Q, O]."""
-    rank: int
-    """R."""
+    plan: Plan
+    alpha: Tensor | None
+    beta: Tensor | None
+    """β [M / every, E]."""
 
 
-def prepare(a: Tensor, b: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Prepared:
-    """Casts, stacks and transposes factors.
+def prepare(x: Tensor, a: Tensor, b: Tensor, gate: Gate, scale: float, dtype: torch.dtype) -> Prepared:
+    """Casts, stacks and transposes factors for inputs like x.
 
     Args:
+        x: [..., D].
         a: A [R, D], or [B, R, D]: one for each row of the batch.
         b: B [O, Q] or [B, O, Q].
-        rows: W_r [E, D], or None.
-        dtype: of the products: the base's.
+        gate: what decides the core.
+        scale: s.
+        dtype: of the products: the base's; for few tokens on a CPU fp32 at least.
     """
-    return Prepared(stacked(a, rows, dtype), transposed(b, dtype), a.shape[-2])
+    plan, beta = plan_of(x, a.shape[-2], gate, scale, 0.0)
+    if not x.is_cuda and x.shape[:-1].numel() <= FEW:
+        dtype = torch.promote_types(dtype, torch.float32)
+    return Prepared(stacked(a, gate.rows, dtype), transposed(b, dtype), plan, gate.alpha, beta)
 
 
 def gated_linear(
@@ -109,23 +120,17 @@ def gated_update(
     return GatedLinear.apply(y, x, None, None, a, b, gate.rows, gate.alpha, beta, plan, steps)
 
 
-def gated_inference(
-    x: Tensor, base: nn.Linear, ready: Prepared, gate: Gate, scale: float, kernels: Kernels = "auto"
-) -> Tensor:
+def gated_inference(x: Tensor, base: nn.Linear, ready: Prepared, kernels: Kernels = "auto") -> Tensor:
     """Returns what `gated_linear` does, without gradients and dropout.
 
     Args:
         x: [..., D].
         base: a frozen linear, or what behaves like one.
-        ready: factors; the gate's rows are in there.
-        gate: what decides the core.
-        scale: s.
+        ready: made for inputs like x.
         kernels: what computes it.
     """
-    y, w = base(x), ready.w
-    plan, beta = plan_of(x, ready.rank, gate, scale, 0.0)
-    x, steps = flat(x.to(y.dtype), w), backend(kernels, x.is_cuda)
-    update_(flat(y, w), x, w, ready.bt, plan, gate.alpha, beta, None, steps)
+    y, (w, bt, plan, alpha, beta) = base(x), ready
+    update_(flat(y, w), flat(x.to(w.dtype), w), w, bt, plan, alpha, beta, None, backend(kernels, x.is_cuda))
     return y
 
 
@@ -144,12 +149,11 @@ def operator_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Gate, scal
     """Returns y + s B C A x, out of place, as the one operator that holds the Triton kernels."""
     from moe_peft.kernels import gpu, ops
 
-    ready = prepare(a, b, gate.rows, y.dtype)
-    plan, beta = plan_of(x, ready.rank, gate, scale, dropout)
-    inputs = flat(x, ready.w)
+    w, bt = stacked(a, gate.rows, y.dtype), transposed(b, y.dtype)
+    plan, beta = plan_of(x, a.shape[-2], gate, scale, dropout)
+    inputs = flat(x, w)
     noise = gpu.draw(inputs, plan)
-    given = (flat(y, ready.w), inputs, ready.w, ready.bt, gate.alpha, beta, noise, *plan, "gpu")
-    return ops.gated_update(*given)[0].view_as(y)
+    return ops.gated_update(flat(y, w), inputs, w, bt, gate.alpha, beta, noise, *plan, "gpu")[0].view_as(y)
 
 
 def backend(kernels: Kernels, on_gpu: bool) -> ModuleType:

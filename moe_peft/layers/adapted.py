@@ -47,7 +47,7 @@ class AdaptedLinear(nn.Module):
             raise ValueError(f"{slot}: factors of ranks {factors.rank_in} and {factors.rank_out} need a router's core")
         self.base = base.requires_grad_(False)
         self.factors, self.router = factors, router
-        self.scale, self.dropout, self.slot = scale, dropout, slot
+        self.scale, self.dropout, self.slot, self._held = scale, dropout, slot, f"{slot}.ready"
         self.context = context
         self.register_parameter("original", None)
         """W0 while the base's own weight is a merged one (`merge`), else None."""
@@ -103,19 +103,25 @@ class AdaptedLinear(nn.Module):
             return self._merged_forward(x, self.original)
         if not self.context.enabled:
             return self.base(x)
-        gate, dropout, kernels = self.gate(x), self.dropout if self.training else 0.0, self.context.kernels
+        if not (torch.is_grad_enabled() or self.training or self.context.recording):
+            ready = self.ready(x)
+            if ready is not None:
+                return gated_inference(x, self.base, ready, self.context.kernels)
+        gate, dropout = self.gate(x), self.dropout if self.training else 0.0
         if gate is None:
             return self._update(self.base(x), x, None)
-        if torch.is_grad_enabled() or dropout:
-            return gated_linear(x, self.base, *self.active_factors(len(x)), gate, self.scale, dropout, kernels)
-        return gated_inference(x, self.base, self.ready(x, gate), gate, self.scale, kernels)
+        a, b = self.active_factors(len(x))
+        return gated_linear(x, self.base, a, b, gate, self.scale, dropout, self.context.kernels)
 
-    def ready(self, x: Tensor, gate: Gate) -> Prepared:
-        """Returns factors as inference needs them; made once per batch."""
-        return self.context.hold(f"{self.slot}.ready", len(x), lambda: self._prepared(x, gate))
+    def ready(self, x: Tensor) -> Prepared | None:
+        """Returns what inference needs for inputs like x, made once per batch; None without a gate."""
+        return self.context.hold(self._held, x.shape[:-1], lambda: self._prepared(x))
 
-    def _prepared(self, x: Tensor, gate: Gate) -> Prepared:
-        return prepare(*self.active_factors(len(x)), gate.rows, self.weight.dtype)
+    def _prepared(self, x: Tensor) -> Prepared | None:
+        gate = self.gate(x)
+        if gate is None:
+            return None
+        return prepare(x, *self.active_factors(len(x)), gate, self.scale, self.weight.dtype)
 
     def _update(self, y: Tensor, x: Tensor, gate: Gate | None) -> Tensor:
         a, b = self.active_factors(len(x))

@@ -75,10 +75,9 @@ class ExpertLinear(AdaptedLinear):
         a, b = self.fold(chosen.clamp(min=0))
         return a, b if self.training else b * (chosen >= 0).view(-1, 1, 1)  # the null expert is for evaluation only
 
-    def ready(self, x: Tensor, gate: Gate) -> Prepared:
+    def ready(self, x: Tensor) -> Prepared | None:
         """Returns each row's factors; kept from one decoding step to the next only, where gathering would cost most."""
-        decoding = self.table is not None and x.shape[-2] == 1
-        return super().ready(x, gate) if decoding else self._prepared(x, gate)
+        return super().ready(x) if self.table is not None and x.shape[-2] == 1 else self._prepared(x)
 
     def gate(self, x: Tensor) -> Gate:
         """Returns w for the whole expert; it acts in rank space, where it needs no gradient of A."""

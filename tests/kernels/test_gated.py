@@ -134,9 +134,8 @@ def test_inference_on_ready_factors_is_the_same(name, by_row):
     base, leaves = operands(name, by_row)
     x, a, b, rows, alpha, beta = leaves
     with torch.no_grad():
-        ready = prepare(a, b, rows, x.dtype)
-        found = gated_inference(x, base, ready, Gate(GATES[name][0], rows, alpha, beta), SCALE)
-        agree([found], [run(plain, name, base, leaves)])
+        ready = prepare(x, a, b, Gate(GATES[name][0], rows, alpha, beta), SCALE, x.dtype)
+        agree([gated_inference(x, base, ready)], [run(plain, name, base, leaves)])
 
 
 @EVERY
@@ -161,6 +160,21 @@ def test_a_half_precision_base_has_gates_and_their_gradients_in_fp32(name):
     assert [tensor.dtype for tensor in found] == [torch.bfloat16] * 2 + [torch.float32] * (len(found) - 2)
     for one, other in zip(found, expected, strict=True):
         assert 0 < (one - other).abs().max() < 0.03 * other.abs().max()
+
+
+@pytest.mark.parametrize("name", ["identity", "row", "matrix", "block_prior"])
+@pytest.mark.parametrize("many", [False, True])
+@BY_ROW
+def test_a_half_precision_base_serves_few_tokens_in_fp32_and_many_in_its_own_precision(name, many, by_row):
+    base, leaves = operands(name, by_row, dtype=torch.float32)
+    x, a, b, rows, alpha, beta = (leaf if leaf is None else leaf.detach() for leaf in leaves)
+    x = (x.repeat(1, 40, 1) if many else x).bfloat16()
+    gate, base = Gate(GATES[name][0], rows, alpha, beta), base.bfloat16()
+    ready = prepare(x, a, b, gate, SCALE, base.weight.dtype)
+    assert ready.w.dtype == ready.bt.dtype == (torch.bfloat16 if many else torch.float32)
+    found, expected = gated_inference(x, base, ready), plain(x.float(), base.float(), a, b, gate)
+    assert found.dtype == torch.bfloat16
+    assert 0 < (found - expected).abs().max() < 0.03 * expected.abs().max()
 
 
 @pytest.mark.parametrize("leaf", range(6))
