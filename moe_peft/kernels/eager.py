@@ -119,8 +119,10 @@ def backward_y(
     need_b: bool,
 ) -> Gradients:
     """Goes back from the output to rank space (see the module's docstring)."""
-    do = torch.matmul(dy, bt.mT).mul_(plan.scale)
-    dbt = torch.matmul(o.mT, dy).mul_(plan.scale) if need_b else None
+    do = torch.matmul(dy, bt.mT)
+    dbt = torch.matmul(o.mT, dy) if need_b else None
+    if plan.scale != 1:
+        do, dbt = do.mul_(plan.scale), None if dbt is None else dbt.mul_(plan.scale)
     if plan.form == "identity":
         return Gradients(do, dbt, None, None)
     dtype = (beta if alpha is None else alpha).dtype  # type: ignore[union-attr]

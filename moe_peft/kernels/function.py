@@ -24,7 +24,7 @@ def stacked(a: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def transposed(b: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns Bᵀ [Q, O] or [B, Q, O] whose rows are contiguous: products with a tall, narrow B cost up to threefold."""
-    return b.mT.to(dtype).contiguous()
+    return b.mT.to(dtype, memory_format=torch.contiguous_format).contiguous()  # the first makes no copy of its dtype
 
 
 def flat(tensor: Tensor, w: Tensor) -> Tensor:

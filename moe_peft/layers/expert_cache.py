@@ -47,11 +47,11 @@ class ExpertCache:
         """Returns the lines [B] of the chosen experts [B], folding those that are not there.
 
         Returns None where they do not all fit, where cores are sharded (FSDP2 gathers them inside the model's forward
-        only), and where gradients are on: all is forgotten then, since fused optimizers do not count their changes.
-        The layers then fold for themselves, one at a time.
+        only), and where they learn: all is forgotten then, since fused optimizers do not count their changes. The
+        layers then fold for themselves, one at a time.
         """
         cores = [core for layer in self.layers for core in layer.factors.cores]
-        if torch.is_grad_enabled() or isinstance(cores[0], DTensor):
+        if (torch.is_grad_enabled() and cores[0].requires_grad) or isinstance(cores[0], DTensor):
             self.clear()
             return None
         self._forget_if_changed(cores)

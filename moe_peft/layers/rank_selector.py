@@ -10,7 +10,7 @@ official code, which is never reached there). Shapes: B batch, T tasks, N expert
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,23 @@ class TaskEmbedding(nn.Module):
     def forward(self) -> Tensor:
         """Returns the table [T, d]."""
         return self.weight.clone()  # FSDP2 hangs a hook on every output, and those on a parameter itself would pile up
+
+
+class Chosen(torch.autograd.Function):
+    """One-hot at the largest p [T, N]; its gradient is that of p, or of the largest p alone ("winner")."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, winner: bool) -> Tensor:
+        """Returns [T, N]."""
+        chosen = torch.zeros_like(p).scatter_(-1, p.argmax(-1, keepdim=True), 1.0)
+        ctx.save_for_backward(chosen if winner else None)
+        return chosen
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        """Returns the gradient of p."""
+        (chosen,) = ctx.saved_tensors
+        return gradient if chosen is None else gradient * chosen, None
 
 
 def nested_experts(ranks: Sequence[int], rank: int, tasks: int, scaling: Scaling) -> Tensor:
@@ -146,12 +163,9 @@ class RankSelector(Router):
 
     def selection(self, p: Tensor) -> Tensor:
         """Returns p̃ [T, N]: exactly one-hot in value, the selector's rule in gradient."""
-        chosen = functional.one_hot(p.argmax(-1), p.shape[-1]).to(p.dtype)
-        if self.weight is None:
-            # No gradient reaches the embeddings here, but every parameter takes part in every step.
-            return chosen + 0.0 * self.task_embeddings().sum()
-        change = p - p.detach()
-        return chosen + change if self.selector == "full" else chosen * (1 + change)
+        chosen: Tensor = Chosen.apply(p, self.selector == "winner")
+        # No gradient reaches the embeddings without a gate, but every parameter takes part in every step.
+        return chosen if self.weight is not None else chosen + 0.0 * self.task_embeddings().sum()
 
     def static_core(self, task: int) -> Tensor:
         """Returns the task's core [R]."""

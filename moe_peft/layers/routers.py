@@ -6,10 +6,11 @@ together with A in one product; the router then sees only the resulting scores. 
 """
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moe_peft.context import Routing, RoutingContext
 from moe_peft.kernels.reference import Gate
@@ -58,6 +59,33 @@ class Router(nn.Module):
             slot: the adapted linear's name in the model.
         """
         raise TypeError(f"{type(self).__name__} must implement forward(x, h, scores, context, slot)")
+
+
+class Blend(torch.autograd.Function):
+    """α = t m ω and β = c m (1 - ω) s with ω = σ(a w_ω), m = σ(a w_m): one node, where autograd would make a dozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, w_omega: Tensor, w_m: Tensor, s: Tensor | None, t: float, c: float, a: float
+    ) -> tuple[Tensor, Tensor]:
+        """Returns α [1] and β, of the shape of s; the whole factor c m (1 - ω) [1] where there is no s."""
+        omega, m = torch.sigmoid(a * torch.cat([w_omega, w_m])).split(1)
+        both = omega * m
+        rest = c * (m - both)
+        ctx.save_for_backward(omega, m, s, rest)
+        ctx.factors = t, c, a
+        return t * both, rest if s is None else rest * s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dalpha: Tensor, dbeta: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        """Returns the gradients of w_ω, w_m and s."""
+        (omega, m, s, rest), (t, c, a) = ctx.saved_tensors, ctx.factors
+        drest = c * (dbeta if s is None else torch.dot(dbeta.flatten(), s.flatten()))
+        dboth = t * dalpha - drest
+        domega, dm = m * dboth, torch.addcmul(drest, omega, dboth)
+        gates = (a * torch.ops.aten.sigmoid_backward(d, own) for d, own in ((domega, omega), (dm, m)))
+        return *gates, rest * dbeta if ctx.needs_input_grad[2] else None, None, None, None
 
 
 class JointRouter(Router):
@@ -161,16 +189,11 @@ class JointRouter(Router):
         """Returns g = α p + β; None where p is no plain softmax, or where it is to be recorded."""
         if self.top_k is not None or self.factorised or context.recording:
             return None
-        alpha, beta = context.hold(slot, len(x), lambda: self._coefficients(context, len(x)))
-        beta = None if beta is None else beta.view(len(x), *(1,) * (x.dim() - 2), -1)
-        return Gate("diagonal" if self.rank1 else "matrix", self.weight, alpha, beta)
-
-    def _coefficients(self, context: RoutingContext, rows: int) -> tuple[Tensor, Tensor | None]:
-        """Returns α = token_coef m ω [1] and β = prior_coef m (1 - ω) s [B, E]."""
-        omega, magnitude = self.gates()
-        s, alpha = self.prior(context, rows), magnitude * omega
-        beta = None if s is None else self.prior_coef * (magnitude - alpha) * s
-        return self.token_coef * alpha, beta
+        s = self.prior(context, len(x))
+        s = None if s is None else s.view(len(x), *(1,) * (x.dim() - 2), -1)
+        factors = self.token_coef, self.prior_coef, self.gate_slope
+        alpha, beta = Blend.apply(self.omega, self.magnitude, s, *factors)
+        return Gate("diagonal" if self.rank1 else "matrix", self.weight, alpha, None if s is None else beta)
 
     def forward(self, x: Tensor, h: Tensor, scores: Tensor | None, context: RoutingContext, slot: str) -> Tensor:
         """Returns C: [B, S, r2, r1], or the diagonal [B, S, E] in rank-one mode."""
