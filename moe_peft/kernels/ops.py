@@ -22,8 +22,8 @@ def _backend(name: str) -> ModuleType:
 
 
 def _or_nothing(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """Operators return tensors only."""
-    return like.new_empty(0) if tensor is None else tensor
+    """Operators return tensors only, and state their strides."""
+    return like.new_empty(0) if tensor is None else tensor.contiguous()
 
 
 def _filled(tensor: Tensor) -> Tensor | None:
@@ -85,12 +85,17 @@ def _(
     dropout: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lead, identity, eager = x.shape[:-1], form == "identity", backend == "eager"
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    z = x.new_empty(*lead, w.shape[-2], dtype=x.dtype if identity or eager else wide)
-    o = x.new_empty(0) if identity else x.new_empty(*lead, bt.shape[-2])
-    scored = eager and not identity and alpha is not None
-    p = x.new_empty(prod(lead) // every, every, w.shape[-2] - rank, dtype=wide) if scored else x.new_empty(0)
+    (*rows, tokens), width, identity = x.shape[:-1], w.shape[-2], form == "identity"
+    p = x.new_empty(0)
+    if backend == "eager":
+        z, o = x.new_empty(*rows, width, tokens), x.new_empty(*rows, bt.shape[-2], tokens)
+        if alpha is not None and not identity:
+            p = x.new_empty(*rows, width - rank, tokens // min(every, tokens), min(every, tokens), dtype=wide)
+    else:
+        z = x.new_empty(*x.shape[:-1], width, dtype=x.dtype if identity else wide)
+        o = x.new_empty(*x.shape[:-1], bt.shape[-2])
+    o = x.new_empty(0) if identity else o
     return torch.empty_like(y, memory_format=torch.contiguous_format), z, o, p
 
 
