@@ -101,7 +101,7 @@ class GatedLinear(torch.autograd.Function):
         x, weight, w, bt, z, o, p, alpha, beta, noise = ctx.saved_tensors
         plan, backend = ctx.plan, ctx.backend
         need_y, need_x, _, _, need_a, need_b, need_rows, need_alpha, need_beta = ctx.needs_input_grad[:9]
-        o = z if o is None else o
+        o, dy = z if o is None else o, dy.contiguous()  # attention hands over transposed ones, each product a copy
         gradients = backend.backward_y(flat(dy, w), bt, o, z, p, plan, alpha, beta, need_b)
         dx = da = drows = db = None
         if need_x:
