@@ -1,19 +1,46 @@
 """What frozen Hugging Face models need to be told before they are trained through."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
+AT = "_moe_peft_at"
+"""Where an output head finds the positions that are asked for (`head_at`)."""
 
-def contiguous_input(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-    """Makes an output head's input contiguous.
+
+def head_input(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    """Gives an output head contiguous rows, and only those that are asked for.
 
     `logits_to_keep` hands the head a slice; on a sliced 3-D input torch copies the whole vocabulary matrix once per row
     (half of a training step on SmolLM2, and gigabytes in evaluation).
     """
-    return (args[0].contiguous(),)
+    at = vars(head).get(AT)
+    return (args[0].contiguous() if at is None else args[0][at].unsqueeze(0),)
+
+
+@contextmanager
+def head_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Within: the model computes its logits at N positions only, and returns them as [1, N, V].
+
+    Every row keeps as many positions as the longest answer needs (`logits_to_keep`); most answers are short.
+
+    Args:
+        head: the model's output head, called by the model itself, which may scale or cap what it gives.
+        rows: [N].
+        columns: [N] negative, counted from the sequence's end.
+    """
+    if head_input not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(head_input)
+    # A hook that comes and goes with the batch would be compiled once and for all.
+    setattr(head, AT, (rows, columns))
+    try:
+        yield
+    finally:
+        setattr(head, AT, None)
 
 
 def silence_dropout(block: nn.Module) -> None:

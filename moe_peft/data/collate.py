@@ -26,7 +26,7 @@ class Collator:
     def __init__(self, kind: BackboneKind, pad_id: int, pack: bool = True) -> None:
         self.kind = kind
         self.pad_id = pad_id
-        self.pack = pack
+        self.pack = pack and kind == "causal"
 
     def train(
         self, rows: Sequence[EncodedRow], rows_share: float, tokens_share: float, task_share: Sequence[float] = ()
@@ -62,7 +62,7 @@ class Collator:
             batch = self.prompts(rows)
             if self.kind == "classifier" and all(row.target is not None for row in rows):
                 batch["target"] = _targets(rows)
-        elif self.kind == "causal" and self.pack:
+        elif self.pack:
             batch = self._sequences(rows, [sum(row.options, []) for row in rows])
             batch["option_of"] = self._pad([_option_of(row) for row in rows], 0)
         else:

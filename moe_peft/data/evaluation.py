@@ -30,7 +30,7 @@ class EvalBatches(Dataset[Batch]):
 
 
 def group_for_evaluation(
-    rows: Sequence[EncodedRow], sequences: int, world_size: int = 1, rank: int = 0
+    rows: Sequence[EncodedRow], sequences: int, world_size: int = 1, rank: int = 0, packed: bool = False
 ) -> list[list[EncodedRow]]:
     """Groups rows into single-task batches of similar length, longest first, and takes this rank's part.
 
@@ -43,11 +43,14 @@ def group_for_evaluation(
         sequences: At most so many sequences (options) in a batch of one rank; a row is never torn apart.
         world_size: Number of ranks.
         rank: This process.
+        packed: Whether a row's options lie side by side (`Collator.pack`), which makes its sequence that long.
     """
+    together = sum if packed else max
     tasks: list[list[list[EncodedRow]]] = []
     for task in sorted({row.task_id for row in rows}):
         own = [row for row in rows if row.task_id == task]
-        own.sort(key=lambda row: (-_evaluation_length(row), row.row_id))
+        lengths = {row.row_id: len(row.prompt) + together(map(len, row.options or [[]])) for row in own}
+        own.sort(key=lambda row: (-lengths[row.row_id], row.row_id))
         widest = max(len(row.options) or 1 for row in own)
         per_rank = max(sequences // widest, 1)
         groups = np.array_split(np.arange(len(own)), -(-len(own) // (per_rank * world_size)))
@@ -59,10 +62,6 @@ def _share(group: np.ndarray, world_size: int, rank: int) -> np.ndarray:
     """Takes a rank's part of a group; where nothing is left for it, the first rank's first row once more."""
     own = group[rank::world_size]
     return own if len(own) else group[:1]
-
-
-def _evaluation_length(row: EncodedRow) -> int:
-    return len(row.prompt) + max((len(option) for option in row.options), default=0)
 
 
 def evaluation_loader(dataset: EvalBatches, num_workers: int, seed: int) -> DataLoader[Batch]:

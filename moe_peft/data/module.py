@@ -271,7 +271,8 @@ class MultitaskDataModule(LightningDataModule):
 
     def _evaluation(self, split: Split, labelled: bool = True) -> DataLoader[Batch]:
         world_size, rank, _ = place_of(self.trainer)
-        batches = group_for_evaluation(self.rows(split, labelled), self.eval_batch_size, world_size, rank)
+        rows, packed = self.rows(split, labelled), self.collator.pack
+        batches = group_for_evaluation(rows, self.eval_batch_size, world_size, rank, packed)
         return evaluation_loader(EvalBatches(batches, self.collator), self.num_workers, self.seed)
 
 

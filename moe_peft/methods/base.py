@@ -17,6 +17,7 @@ from moe_peft.batch import IGNORE_INDEX, Batch
 from moe_peft.context import RoutingContext
 from moe_peft.data.tasks import TaskSpec
 from moe_peft.embedders import Embedder
+from moe_peft.kernels.gated import Kernels, check_kernels
 from moe_peft.layers.adapted import AdaptedLinear, inject, output_head
 from moe_peft.layers.prior import SemanticPrior
 from moe_peft.layers.representation import Representation
@@ -28,7 +29,7 @@ from moe_peft.methods.scoring import answer_nll, pooled_features
 from moe_peft.methods.training import LossMean, TrainingSteps
 from moe_peft.optim import LearningRates, WarmupDecay, WeightDecays, trained_parameters
 from moe_peft.predictions import Prediction, Ranking
-from moe_peft.quirks import contiguous_input, offload_input, silence_dropout
+from moe_peft.quirks import head_input, offload_input, silence_dropout
 from moe_peft.sharding import is_sharded, shard
 
 
@@ -50,6 +51,8 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
         ranking: which option score decides: "sum" of log-likelihoods or "per_char" (divided by the option's length).
         max_new_tokens: length of generated answers.
         train_heads: whether the heads of a classifier backbone learn; false leaves them at their random start.
+        kernels: what computes the adapters: "auto" takes Triton's kernels on a GPU and torch elsewhere; "torch" or
+            "triton" forces one.
     """
 
     default_rates: ClassVar[Mapping[str, float]] = {}
@@ -74,17 +77,19 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
         ranking: Ranking = "sum",
         max_new_tokens: int = 16,
         train_heads: bool = True,
+        kernels: Kernels = "auto",
     ) -> None:
         super().__init__()
         if not tasks:
             raise ValueError("tasks: the list is empty; name at least one task")
+        check_kernels(kernels)
         self.backbone, self.specs, self.targets = backbone, list(tasks), targets
         self.optimizer, self.scheduler = optimizer, scheduler
         self.lr, self.weight_decay = lr or LearningRates(), weight_decay or WeightDecays()
         self.loss_mean: LossMean = loss_mean or self.default_loss_mean
         self.max_new_tokens, self.train_heads = max_new_tokens, train_heads
         self.ranking: Ranking = ranking
-        self.context = RoutingContext()
+        self.context = RoutingContext(kernels)
         self.adapted: dict[str, AdaptedLinear] = {}
         self.model: nn.Module | None = None
         self.heads: TaskHeads | None = None
@@ -163,7 +168,7 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
             self.prior.bind(self.backbone, model, self.context)
         head = output_head(model)
         if head is not None:
-            head.register_forward_pre_hook(contiguous_input)
+            head.register_forward_pre_hook(head_input)
         model.register_forward_pre_hook(self._check_input, with_kwargs=True)
         if self.backbone.kind == "seq2seq":  # generate() calls the encoder past the model's own forward
             model.get_encoder().register_forward_pre_hook(self._check_input, with_kwargs=True)  # type: ignore[operator]

@@ -74,6 +74,7 @@ def read_prompts(module: "MultitaskModule", ids: Tensor, mask: Tensor) -> None:
     if module.backbone.kind == "seq2seq":
         enter(model, model.get_encoder(), input_ids=ids, attention_mask=mask)
     elif module.backbone.kind == "causal":
-        causal_logits(model, ids, mask, position_ids(mask), 1)
+        rows = torch.arange(len(ids), device=ids.device)
+        causal_logits(model, ids, mask, position_ids(mask), rows, torch.full_like(rows, -1))
     else:
         model(input_ids=ids, attention_mask=mask)

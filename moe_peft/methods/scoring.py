@@ -12,6 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from moe_peft.backbones import Backbone, Classifier
 from moe_peft.batch import IGNORE_INDEX, Batch
+from moe_peft.layers.adapted import output_head
+from moe_peft.quirks import head_at
 from moe_peft.sharding import enter, is_sharded
 
 CHUNK = 256
@@ -47,29 +49,41 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 def answer_nll(backbone: Backbone, model: nn.Module, batch: Batch) -> Tensor:
     """Negative log-likelihood of every answer token.
 
-    Causal models: answers end together on the right, so the output head is computed for the last L + 1 positions only.
-
     Returns:
-        [B, L] fp32, zero at padding.
+        [B, S] (seq2seq: [B, L]) fp32, zero at prompt and padding.
     """
     labels, mask = batch["labels"], batch["attention_mask"]
+    rows, columns = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
     if backbone.kind == "seq2seq":
         logits = model(input_ids=batch["input_ids"], attention_mask=mask, labels=labels, use_cache=False).logits
+        logits = logits[rows, columns]
     else:
-        width = int((labels != IGNORE_INDEX).sum(1).max())
-        labels = labels[:, -width:]
-        logits = causal_logits(model, batch["input_ids"], mask, position_ids(mask), width + 1)[:, :-1]
-    real = labels != IGNORE_INDEX
+        before = columns - 1 - labels.shape[1]
+        logits = causal_logits(model, batch["input_ids"], mask, position_ids(mask), rows, before)
     nll = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
-    return nll.masked_scatter(real, token_nll(logits[real], labels[real]))
+    return nll.index_put((rows, columns), token_nll(logits, labels[rows, columns]))
 
 
-def causal_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, keep: int) -> Tensor:
-    """Returns the logits of the last `keep` positions [B, keep, V]; `mask` is [B, S], or additive [B, 1, S, S]."""
+def causal_logits(
+    model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, rows: Tensor, columns: Tensor
+) -> Tensor:
+    """Returns the logits [N, V] at N places, the only ones where the output head is computed.
+
+    Args:
+        model: a causal language model.
+        input_ids: [B, S].
+        mask: [B, S], or additive [B, 1, S, S].
+        positions: [B, S] position ids.
+        rows: [N].
+        columns: [N] negative, counted from the end.
+    """
     extra: dict = {"position_ids": positions} if _accepts(type(model), "position_ids") else {}
     if _accepts(type(model), "logits_to_keep"):
-        extra["logits_to_keep"] = keep
-    return model(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra).logits[:, -keep:]
+        extra["logits_to_keep"] = int(-columns.min()) if len(columns) else 1
+    head = output_head(model)
+    assert head is not None
+    with head_at(head, rows, columns):
+        return model(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra).logits[0]
 
 
 def option_scores(backbone: Backbone, model: nn.Module, batch: Batch) -> list[list[float]]:
@@ -95,14 +109,13 @@ def packed_option_scores(model: nn.Module, batch: Batch) -> Tensor:
     dtype = next(model.parameters()).dtype
     hidden = ~(sees | torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device))
     mask = torch.zeros(hidden.shape, dtype=dtype, device=ids.device).masked_fill(hidden, torch.finfo(dtype).min)
-    keep = int((option > 0).sum(1).max()) + 1
     positions = (sees.sum(-1) - 1).clamp(min=0)
-    logits = causal_logits(model, ids, mask.unsqueeze(1), positions, keep)
-    row, at = (option > 0).nonzero(as_tuple=True)
-    source = before.amax(-1)[row, at] - (ids.shape[1] - keep)
+    rows, columns = (option > 0).nonzero(as_tuple=True)
+    source = before.amax(-1)[rows, columns] - ids.shape[1]
+    logits = causal_logits(model, ids, mask.unsqueeze(1), positions, rows, source)
     scores = torch.zeros(ids.shape[0], int(option.max()), device=ids.device)
-    likelihood = -token_nll(logits[row, source], ids[row, at])
-    return scores.index_put((row, option[row, at] - 1), likelihood, accumulate=True)
+    likelihood = -token_nll(logits, ids[rows, columns])
+    return scores.index_put((rows, option[rows, columns] - 1), likelihood, accumulate=True)
 
 
 def pooled_features(backbone: Classifier, model: nn.Module, batch: Batch) -> Tensor:

@@ -95,6 +95,8 @@ def task_loss(module: "MultitaskModule", batch: Batch) -> Tensor:
 
 def untouched(module: "MultitaskModule", closed: frozenset[str]) -> Tensor | float:
     """Returns zero, out of every parameter of the closed groups: data-parallel training wants each in every step."""
+    if not closed:
+        return 0.0
     groups = parameter_groups(module)
     parameters = [parameter for name in closed for parameter in groups.get(name, ())]
-    return 0.0 * sum(local(parameter).sum() for parameter in parameters) if parameters else 0.0
+    return 0.0 * sum(local(parameter).sum() for parameter in parameters)

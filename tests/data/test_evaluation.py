@@ -30,6 +30,14 @@ def test_evaluation_is_longest_first_within_a_task():
     assert lengths == sorted(lengths, reverse=True)
 
 
+def test_options_that_lie_side_by_side_all_count_for_a_rows_length():
+    """Sorted by anything else, a batch holds rows of unlike length, and padding costs a quarter of it."""
+    rows = [encoded(0, "many", 2, 6), encoded(0, "few", 4, 2), encoded(0, "one", 5, 1)]
+    for packed, expected in ((True, ["many", "few", "one"]), (False, ["one", "few", "many"])):
+        batches = group_for_evaluation(rows, 6, packed=packed)
+        assert [row.row_id for batch in batches for row in batch] == [f"t0/{name}" for name in expected]
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_tasks_take_turns_so_that_the_first_batches_hold_all_of_them(world_size):
     for rank in range(world_size):

@@ -125,12 +125,31 @@ def test_answer_loss_is_the_models_own_loss_per_row():
         assert abs(nll[i].item() - bare.item()) > 1e-3
 
 
-def test_the_output_head_sees_contiguous_answer_positions_only():
-    """A sliced input makes torch copy the vocabulary matrix once per row: slow, and gigabytes in evaluation."""
+def seen_by_the_head(module, run):
+    """The shapes that the output head is given while something runs; all contiguous."""
+    seen = []
+    hook = module.model.lm_head.register_forward_pre_hook(lambda head, args: seen.append(args[0]))
+    run()
+    hook.remove()
+    # A sliced input makes torch copy the vocabulary matrix once per row: slow, and gigabytes in evaluation.
+    assert all(hidden.is_contiguous() for hidden in seen)
+    return [tuple(hidden.shape) for hidden in seen]
+
+
+def test_the_output_head_is_computed_where_an_answer_is_predicted_and_nowhere_else():
     module = build(LoRA)
     batch = random_batch(rows=3)
-    seen = []
-    module.model.lm_head.register_forward_pre_hook(lambda head, args: seen.append(args[0]))
-    module(batch)
-    longest = int((batch["labels"] != -100).sum(1).max())
-    assert [(tuple(hidden.shape), hidden.is_contiguous()) for hidden in seen] == [((3, longest + 1, 32), True)]
+    answers = (batch["labels"] != -100).sum(1)
+    assert len(set(answers.tolist())) > 1, "answers of one length would not tell"
+    assert seen_by_the_head(module, lambda: module(batch)) == [(1, int(answers.sum()), 32)]
+    options = sum(len(option) for row in ROWS for option in row.options)
+    packed = Collator("causal", 0).evaluate(ROWS)
+    assert seen_by_the_head(module, lambda: predict_rows(module, packed)) == [(1, options, 32)]
+
+
+def test_afterwards_the_model_gives_all_its_logits_again():
+    module = build(LoRA)
+    module(random_batch(rows=3))
+    ids = torch.arange(3, 13).view(2, 5)
+    with module.context.disabled():
+        assert seen_by_the_head(module, lambda: module.model(input_ids=ids)) == [(2, 5, 32)]
