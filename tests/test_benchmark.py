@@ -1,27 +1,25 @@
-"""The benchmark: what it times is right, every variant is timed in every round, and the tool says what it found."""
+"""The benchmark of one linear: what it times is right, every variant is timed in every round, its figures are true."""
 
-import json
+import csv
+import io
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import linear
 
-from moe_peft import benchmark
-from moe_peft.benchmark import EAGER, OURS, AdapterBench, Variant, add_experts, interleave
-from moe_peft.layers.experts import ExpertLinear
-from moe_peft.layers.tensor_train import layout_of
+from moe_peft.benchmark import figures, output, suite, targets, timing
+from moe_peft.benchmark.adapters import AdapterBench
+from moe_peft.benchmark.figures import Product
+from moe_peft.benchmark.setting import DTYPES, Setting
+from moe_peft.benchmark.timing import Ratio, Variant, interleave
+from moe_peft.benchmark.variants import Subject
+from moe_peft.context import RoutingContext
 
-COUNTS, WIDTH, ROWS, TOKENS, RANK = [1, 3, 40], 12, 4, 3, 2
-NAMES = [EAGER, OURS, "1 expert", "3 experts", "40 experts"]
-CORES = 4 * sum(a * size * b for a, size, b in layout_of(WIDTH, WIDTH).shapes(RANK))
-"""Bytes of one expert's cores."""
-TINY = ["--width", WIDTH, "--rows", ROWS, "--tokens", TOKENS, "--rank", RANK, "--rounds", 2]
-
-
-def bench(training=False, dtype="fp32", counts=COUNTS):
-    found = AdapterBench(WIDTH, ROWS, TOKENS, dtype, training)
-    add_experts(found, RANK, counts)
-    return found
+FIGURES = Path(__file__).with_name("benchmark_figures.csv")
+TINY = Setting(width=32, rows=4, tokens=3, dtype="fp32", training=True)
 
 
 def burn(seconds):
@@ -32,142 +30,155 @@ def burn(seconds):
     return []
 
 
+def plain_linear(setting, forward=linear, name="one"):
+    """A subject of one weight, x Wᵀ, whose forward is given."""
+    weight = torch.nn.Parameter(torch.randn(setting.width, setting.width, generator=torch.Generator().manual_seed(0)))
+    product = Product("W x", setting.count, setting.width, setting.width, 2)
+    return Subject(
+        name,
+        setting.linear(),
+        lambda x: forward(x, weight),
+        lambda x: x @ weight.double().mT,
+        {"weight": weight},
+        [product],
+    )
+
+
 def test_every_round_times_every_variant_once_in_changing_orders():
     calls = []
-    variants = [Variant(name, lambda name=name: calls.append(name) or []) for name in "abc"]
-    seconds = interleave(variants, 20)
+    variants = [Variant(name, lambda name=name: calls.append(name)) for name in "abc"]
+    seconds = interleave(variants, 20, warm_up=2)
     assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys("abc", 20)
-    rounds = [tuple(calls[at : at + 3]) for at in range(3 * benchmark.WARM_UP, len(calls), 3)]
+    rounds = [tuple(calls[at : at + 3]) for at in range(3 * 2, len(calls), 3)]
     assert len(rounds) == 20 and all(sorted(one) == ["a", "b", "c"] for one in rounds) and len(set(rounds)) > 1
 
 
 def test_the_number_of_threads_is_restored():
     before = torch.get_num_threads()
-    with pytest.raises(KeyError), benchmark.threads(before + 1):
+    with pytest.raises(KeyError), timing.threads(before + 1):
         assert torch.get_num_threads() == before + 1
         raise KeyError
     assert torch.get_num_threads() == before
 
 
-def test_ratios_are_those_of_the_processor_time():
-    found = bench(counts=[1])
-    found.variants = [
-        Variant(EAGER, lambda: burn(0.002)),
-        Variant(OURS, lambda: burn(0.006)),
-        Variant("1 expert", lambda: time.sleep(0.01) or burn(0.002)),  # another process has the processor meanwhile
-    ]
-    one, two, three = found.measure(5)
-    assert 2.5 < two["ratio_to"][EAGER] < 3.5 and 0.28 < one["ratio_to"][OURS] < 0.4
-    assert 0.7 < three["ratio_to"][EAGER] < 1.4
-    assert two["median_us"] == pytest.approx(6000, rel=0.2) and two["best_us"] <= two["median_us"]
-    assert two["median_ns_per_token"] == pytest.approx(1000 * two["median_us"] / (ROWS * TOKENS))
+def test_times_are_those_of_this_process():
+    variants = [Variant("two", lambda: burn(0.002)), Variant("six", lambda: burn(0.006))]
+    variants.append(Variant("asleep", lambda: time.sleep(0.01) or burn(0.002)))
+    found = timing.summary(interleave(variants, 5))
+    assert 2.5 < found["six"]["ratio_to"]["two"].median < 3.5
+    assert 0.7 < found["asleep"]["ratio_to"]["two"].median < 1.4
+    assert found["six"]["median_us"] == pytest.approx(6000, rel=0.2) and found["six"]["min_us"] >= 6000
 
 
-@pytest.mark.parametrize("dtype", benchmark.DTYPES)
-@pytest.mark.parametrize("training", [True, False])
-def test_memory_grows_with_the_experts_and_stays_by_them(training, dtype):
-    found = bench(training, dtype).bytes
-    line = 2 * RANK * WIDTH * (4 if dtype == "fp32" else 2)
-    tables = {name: 0 if training else line * (count + 1) for name, count in zip(NAMES[2:], COUNTS, strict=True)}
-    lora = dict.fromkeys(NAMES[:2], (4 * 2 * RANK * WIDTH, 0))
-    assert found == lora | {n: (CORES * c, tables[n]) for n, c in zip(NAMES[2:], COUNTS, strict=True)}
+def test_a_ratio_is_taken_within_rounds():
+    # A machine half as fast in every second round changes no ratio; medians of times would give 1.5 by 4.
+    assert timing.ratio([3, 6, 3, 6, 3], [2, 4, 2, 4, 2]) == Ratio(1.5, 1.5, 1.5)
+    assert timing.ratio([1, 2, 3, 4, 5], [1, 1, 1, 1, 1]) == Ratio(3, 2, 4)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_every_batch_takes_the_next_experts(training, monkeypatch):
-    seen, forward = [], ExpertLinear.forward
-
-    def spy(layer, x):
-        fact = layer.context.get("task_id" if training else "line", ROWS)
-        seen.append((fact if training else fact - 1).tolist())  # line 0 is the null expert
-        return forward(layer, x)
-
-    found = bench(training)
-    monkeypatch.setattr(ExpertLinear, "forward", spy)
-    for variant in found.variants[3:]:
-        for _ in range(3):
-            variant.run()
-    # `add` itself has made the first call.
-    assert seen[:3] == [[1, 2, 0, 1], [2, 0, 1, 2], [0, 1, 2, 0]]
-    assert seen[3:] == [[4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
-
-
-def test_frozen_experts_come_out_of_the_table_and_learning_ones_do_not(monkeypatch):
-    frozen, learning = bench(), bench(training=True)
-    folds, fold = [], ExpertLinear.fold
-    monkeypatch.setattr(ExpertLinear, "fold", lambda layer, chosen: folds.append(layer.slot) or fold(layer, chosen))
-    for variant in frozen.variants:
-        variant.run()
-    assert not folds
-    for variant in learning.variants:
-        variant.run()
-    assert folds == NAMES[2:]
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_a_variant_that_computes_something_else_is_refused(training):
-    found = AdapterBench(WIDTH, ROWS, TOKENS, "fp32", training)
-    weight = torch.nn.Parameter(torch.randn(WIDTH, WIDTH))
-    found.add("right", lambda x: found.base()(x) + x @ weight.mT, [weight], lambda row: weight)
-    with pytest.raises(RuntimeError, match="wrong differs from the plain formula by 1.0e-02 of its largest value"):
-        found.add("wrong", lambda x: 1.01 * x @ weight.mT, [weight], lambda row: weight)
-    assert [variant.name for variant in found.variants] == ["right"]
-
-
-def test_a_variant_with_wrong_gradients_is_refused():
-    found = AdapterBench(WIDTH, ROWS, TOKENS, "fp32", True)
-    weight = torch.nn.Parameter(torch.randn(WIDTH, WIDTH))
-    for cut in (lambda x: x @ (2 * weight - weight.detach()).mT, lambda x: (2 * x - x.detach()) @ weight.mT):
-        with pytest.raises(RuntimeError, match="differs from the plain formula by 1.0e"):
-            found.add("wrong", cut, [weight], lambda row: weight)
-
-
-def test_an_expert_that_answers_for_another_row_is_refused(monkeypatch):
-    fold = ExpertLinear.fold
-    monkeypatch.setattr(ExpertLinear, "fold", lambda layer, chosen: fold(layer, chosen.flip(0)))
-    with pytest.raises(RuntimeError, match="3 experts differs from the plain formula"):
-        bench(counts=[3])
-
-
-def test_the_tool_prints_two_tables_and_writes_all_numbers(run_tool, tmp_path):
-    before = torch.get_num_threads()
-    file = tmp_path / "numbers.json"
-    status, out, errors = run_tool("bench", "--experts", "40,1,3,3", *TINY, "--dtype", "bf16", "--json", file)
-    assert status == 0 and not errors and torch.get_num_threads() == before
-    assert sum("4 rows of 3 tokens, width 12, rank 2, bf16" in line for line in out) == 2
-    written = json.loads(file.read_text())
-    assert written["settings"]["rounds"] == 2 and written["settings"]["dtype"] == "bf16"
-    for job in ("inference", "training"):
-        assert [row["variant"] for row in written[job]] == NAMES
-        for row in written[job]:
-            assert list(row["ratio_to"]) == NAMES and row["ratio_to"][row["variant"]] == 1
-            assert 0 < row["best_us"] <= row["median_us"] and row["stored_bytes"] > 0
-            assert (row["table_bytes"] > 0) == (job == "inference" and "expert" in row["variant"])
-    printed = [line for line in out if line.strip().startswith("40")]
-    assert len(printed) == 2 and all(f"{CORES * 40 / 1000:,.0f}" in line.split() for line in printed)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_every_variant_computes_its_plain_formula(dtype, base, training):
+    setting = TINY._replace(dtype=dtype, base=base, training=training)
+    builds = [*suite.references(), *suite.ours(), *suite.others(), *(suite.merged() if base and not training else ())]
+    bench = AdapterBench(setting, builds)
+    names = [subject.name for subject in bench.subjects]
+    assert {*suite.OURS, suite.EAGER_22, suite.TREX_LOOP} <= set(names) and len(set(names)) == len(builds)
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("forward", "found"),
     [
-        (["--experts", "1,x"], "argument --experts: invalid numbers value: '1,x'"),
-        (["--experts", "0,3"], "experts: [0, 3] must be one or more numbers of at least 1"),
-        (["--rank", "0"], "rank: 0 is below 1"),
-        (["--width", "0"], "width: 0 is below 1"),
-        (["--rows", "-1"], "rows: -1 is below 1"),
-        (["--tokens", "0"], "tokens: 0 is below 1"),
-        (["--rounds", "0"], "rounds: 0 is below 1"),
-        (["--threads", "0"], "threads: 0 is below 1"),
-        (["--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8' (choose from"),
-        (["--nope"], "unrecognized arguments: --nope"),
-        (["--json", "nowhere/x.json"], "json: the folder of 'nowhere/x.json' does not exist; make it first"),
+        (lambda x, weight: 1.01 * linear(x, weight), "y differs"),
+        (lambda x, weight: linear(x, 2 * weight - weight.detach()), "the gradient of weight differs"),
+        (lambda x, weight: linear(2 * x - x.detach(), weight), "the gradient of x differs"),
     ],
 )
-def test_a_mistake_is_one_readable_line(run_tool, given, expected):
-    status, out, errors = run_tool("bench", *TINY, *given)
-    assert status == 2 and not out and len(errors) == 1 and errors[0].startswith(f"error: {expected}")
+def test_a_variant_that_computes_something_else_is_refused(forward, found):
+    AdapterBench(TINY, [plain_linear])
+    with pytest.raises(RuntimeError, match=f"one: {found} from the plain formula by"):
+        AdapterBench(TINY, [partial(plain_linear, forward=forward)])
 
 
-def test_another_dtype_is_refused():
-    with pytest.raises(ValueError, match="dtype: 'fp8' is unknown; use fp32, bf16"):
-        AdapterBench(WIDTH, ROWS, TOKENS, "fp8", False)
+def test_a_gradient_of_zero_is_refused():
+    def dead(setting):
+        one, unused = plain_linear(setting), torch.nn.Parameter(torch.ones(1))
+        return one._replace(
+            forward=lambda x: one.forward(x) + 0 * unused,
+            plain=lambda x: one.plain(x) + 0 * unused.double(),
+            trained={"unused": unused},
+        )
+
+    with pytest.raises(RuntimeError, match="one: the gradient of unused is zero"):
+        AdapterBench(TINY, [dead])
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5, 6], ids=lambda at: suite.OURS[at])
+def test_facts_of_another_row_are_refused(at, monkeypatch):
+    put = RoutingContext.put
+    monkeypatch.setattr(RoutingContext, "put", lambda self, name, fact, key: put(self, name, fact.flip(0), key))
+    with pytest.raises(RuntimeError, match="differs from the plain formula"):
+        AdapterBench(TINY, [suite.ours()[at]])
+
+
+def test_figures_are_those_of_a_graph_counted_by_hand():
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+    table, products = torch.zeros(4), [Product("W x", 5, 8, 3, 2), Product("h h", 3, 5, 3, 2)]
+
+    def forward(x):
+        h = linear(x, weight).relu()  # t (a view), mm, relu
+        return torch.zeros(3, 3).addmm_(h.view(5, 3).mT, h).view(9)  # zeros, addmm_; h is kept once, views are free
+
+    found = figures.take_figures(forward, x, {"weight": weight}, [table], torch.ones(9), products)
+    assert (found.operations_forward, found.parameters) == (4, 24)
+    assert found.flops_forward == found.formula_forward == 2 * 5 * 8 * 3 + 2 * 3 * 5 * 3
+    assert found.flops_backward == found.formula_backward == 2 * found.flops_forward
+    assert (found.kept_bytes, found.kept_input_bytes, found.kept_weight_bytes) == (4 * 15, 4 * 40, 4 * 24)
+    assert (found.largest, found.peak_bytes) == (40, 0)  # the gradient of x
+
+
+def test_a_product_of_all_experts_is_seen():
+    wide = Setting(width=32, rows=4, tokens=3, dtype="fp32", training=True)
+
+    def naive(setting):
+        subject = suite.ours()[1](setting)
+        return subject._replace(forward=lambda x: subject.forward(x) + 0 * x.new_zeros(12 * 32 * 32).sum())
+
+    [row] = AdapterBench(wide, [naive]).measure(rounds=0)
+    eager = AdapterBench(wide, suite.references()).measure(rounds=0)
+    assert [rule.met for rule in targets.rules([row, *eager])][2] is False
+    assert "T-REX" in targets.rules([row, *eager])[2].worst
+
+
+@pytest.fixture(scope="module")
+def stable():
+    return suite.stable_figures()
+
+
+def test_figures_are_the_committed_ones(stable, tmp_path):
+    """Where a change is meant: python tools/bench.py --figures tests/benchmark_figures.csv."""
+    output.write_figures(tmp_path / "found.csv", stable)
+    found, committed = (
+        {(row["job"], row["dtype"], row["variant"]): row for row in csv.DictReader(io.StringIO(path.read_text()))}
+        for path in (tmp_path / "found.csv", FIGURES)
+    )
+    assert len(found) == 2 * 2 * (3 + len(suite.OURS)) and found == committed
+
+
+def test_flops_are_the_closed_formula_and_no_tensor_holds_all_experts_outputs(stable):
+    formula, _, tensor = targets.rules(stable)
+    assert formula.met and tensor.met, (formula, tensor)
+
+
+def test_targets_are_held_against_their_own_job_only():
+    def row(variant, ratio, job="forward + backward, alone", against=suite.EAGER_8):
+        return {"variant": variant, "job": job, "width": 9, "dtype": "fp32", "ratio_to": {against: Ratio(ratio, 1, 2)}}
+
+    rows = [row(suite.MORE, 1.034), row(suite.MORE, 9.0, "forward, alone"), row(suite.MOR1E, 1.006)]
+    rows.append(row(suite.LORA, 0.5, against="nobody"))
+    found = {one.row: one for one in targets.verdicts(rows)}
+    assert list(found) == ["MoR1E E=8 / eager LoRA r=8", "MoRE r=8 / eager LoRA r=8"]
+    more, mor1e = found["MoRE r=8 / eager LoRA r=8"], found["MoR1E E=8 / eager LoRA r=8"]
+    assert more.met and more[2:6] == (1.034, 1, 2, 1.03) and more.setting == "forward + backward, alone, d=9, fp32"
+    assert not mor1e.met

@@ -1,0 +1,1 @@
+"""What adapters cost: times as ratios of one interleaved run, and figures that do not depend on the machine."""
