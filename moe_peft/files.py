@@ -6,6 +6,7 @@ import importlib.util
 import io
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -65,8 +66,12 @@ def dequantised(file: Path, sha256: str | None, auto_class: str) -> Path:
     temporary = folder.with_suffix(f".{os.getpid()}")
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    if not folder.exists():
+    try:
         temporary.rename(folder)
+    except OSError:  # another process was faster
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(temporary)
     return folder
 
 
