@@ -52,7 +52,7 @@ class RoutingContext:
         self.contrast: Contrast | None = None
         """Compares a layer's input with the task embeddings while training (set by the TaskContrast callback)."""
         self._terms: dict[str, dict[str, Tensor]] = {}
-        self._held: dict[tuple[str, int | torch.Size], Any] = {}
+        self._held: dict[str, tuple[int | torch.Size, Any]] = {}
         self._facts: dict[str, Tensor] = {}
         self._key: Tensor | None = None
         self._width = 0
@@ -126,16 +126,27 @@ class RoutingContext:
         """Takes the parts that this batch's layers left of a loss term; they must not outlive the step."""
         return list(self._terms.pop(name, {}).values())
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a batch; a model may be called without any."""
+        return self._key is not None
+
     def hold(self, slot: str, rows: int | torch.Size, make: Callable[[], T]) -> T:
         """Returns what `make` gives for a layer and so many rows: made once per batch where no gradient is needed.
 
-        Weights that change are seen from the next batch on.
+        Weights that change within a batch are seen from the next one on.
         """
         if torch.is_grad_enabled():
+            self._held.pop(slot, None)
             return make()
-        if (slot, rows) not in self._held:
-            self._held[slot, rows] = make()
-        return self._held[slot, rows]
+        held = self._held.get(slot)
+        if held is None or held[0] != rows:
+            held = self._held[slot] = rows, make()
+        return held[1]
+
+    def forget_held(self) -> None:
+        """Lets everything be made anew: weights were loaded, moved or cast within a batch."""
+        self._held = {}
 
     def record(self, slot: str, routing: Routing) -> None:
         """Keeps a layer's first routing of the batch: the prefill's, where generation goes on token by token."""

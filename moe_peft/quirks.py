@@ -8,18 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
-AT = "_moe_peft_at"
-"""Where an output head finds the positions that are asked for (`head_at`)."""
 
-
-def head_input(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-    """Gives an output head contiguous rows, and only those that are asked for.
+class HeadInput:
+    """A hook that gives an output head contiguous rows, and only those that are asked for (`head_at`).
 
     `logits_to_keep` hands the head a slice; on a sliced 3-D input torch copies the whole vocabulary matrix once per row
     (half of a training step on SmolLM2, and gigabytes in evaluation).
     """
-    at = vars(head).get(AT)
-    return (args[0].contiguous() if at is None else args[0][at].unsqueeze(0),)
+
+    at: tuple[Tensor, Tensor] | None = None
+    """Rows and columns; here and not on the head, where the compiler would take every number of them for a constant."""
+
+    def __call__(self, head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        """Returns the input's rows."""
+        return (args[0].contiguous() if self.at is None else args[0][self.at].unsqueeze(0),)
 
 
 @contextmanager
@@ -33,14 +35,16 @@ def head_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
         rows: [N].
         columns: [N] negative, counted from the sequence's end.
     """
-    if head_input not in head._forward_pre_hooks.values():
-        head.register_forward_pre_hook(head_input)
-    # A hook that comes and goes with the batch would be compiled once and for all.
-    setattr(head, AT, (rows, columns))
+    # A hook that comes and goes with the batch would be compiled once and for all, so one stays.
+    found = [hook for hook in head._forward_pre_hooks.values() if isinstance(hook, HeadInput)]
+    hook = found[0] if found else HeadInput()
+    if not found:
+        head.register_forward_pre_hook(hook)
+    hook.at = rows, columns
     try:
         yield
     finally:
-        setattr(head, AT, None)
+        hook.at = None
 
 
 def silence_dropout(block: nn.Module) -> None:

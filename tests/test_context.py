@@ -165,10 +165,11 @@ def test_what_needs_no_gradient_is_made_once_per_batch_and_slot():
     with torch.no_grad():
         assert context.hold("one", 2, make) is context.hold("one", 2, make)
         assert context.hold("two", 2, make) is made[1]
-        assert context.hold("two", 4, make) is made[2] and context.hold("two", 2, make) is made[1]
+        assert context.hold("two", 4, make) is made[2] and context.hold("two", 4, make) is made[2]
+        assert context.hold("two", 2, make) is made[3], "of another number of rows there is one at a time"
         context.begin(ids, torch.ones_like(ids))
-        assert context.hold("one", 2, make) is made[3]
-    assert context.hold("one", 2, make) is made[4] and context.hold("one", 2, make) is made[5]
+        assert context.hold("one", 2, make) is made[4]
+    assert context.hold("one", 2, make) is made[5] and context.hold("one", 2, make) is made[6]
 
 
 def test_a_new_fact_drops_what_was_held():

@@ -139,7 +139,8 @@ def backward_y(
     do = torch.matmul(bt, dy.mT)
     dbt = torch.matmul(o, dy) if need_b else None
     if plan.scale != 1:
-        do, dbt = do.mul_(plan.scale), None if dbt is None else dbt.mul_(plan.scale)
+        wide = torch.promote_types(do.dtype, torch.float32)
+        do, dbt = do.mul_(plan.scale), None if dbt is None else dbt.to(wide).mul_(plan.scale)
     if plan.form == "identity":
         return Gradients(do, dbt, None, None)
     h, g = _grouped(z[..., : plan.rank, :], plan), _weights(p, alpha, beta, z, plan)

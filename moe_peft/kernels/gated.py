@@ -55,7 +55,9 @@ def prepare(x: Tensor, a: Tensor, b: Tensor, gate: Gate, scale: float, dtype: to
     plan, beta = plan_of(x, a.shape[-2], gate, scale, 0.0)
     if not x.is_cuda and x.shape[:-1].numel() <= FEW:
         dtype = torch.promote_types(dtype, torch.float32)
-    return Prepared(stacked(a, gate.rows, dtype), transposed(b, dtype), plan, gate.alpha, beta)
+    w = stacked(a, gate.rows, dtype)
+    w = w.clone() if w is a else w  # like Bᵀ, a copy: what is changed in place must not change half of it
+    return Prepared(w, transposed(b, dtype), plan, gate.alpha, beta)
 
 
 def gated_linear(
@@ -80,12 +82,11 @@ def gated_linear(
         dropout: probability that an element of x is dropped before A; the scores see all of x.
         kernels: what computes it.
     """
-    plain = type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks
-    if plain and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type):
+    if _plain(base) and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type):
         plan, beta = plan_of(x, a.shape[-2], gate, scale, dropout)
-        steps = backend(kernels, x.is_cuda)
+        steps = backend(kernels, x.is_cuda, plan, _experts(gate))
         return GatedLinear.apply(None, x, base.weight, base.bias, a, b, gate.rows, gate.alpha, beta, plan, steps)
-    return gated_update(base(x), x, a, b, gate, scale, dropout, kernels)
+    return gated_update(_output(base, x), x, a, b, gate, scale, dropout, kernels)
 
 
 def gated_update(
@@ -110,13 +111,14 @@ def gated_update(
         dropout: on the input of A.
         kernels: what computes it.
     """
-    x, steps = x.to(y.dtype), backend(kernels, x.is_cuda)  # under autocast y has another dtype
+    x = x.to(y.dtype)  # under autocast y has another one
+    plan, beta = plan_of(x, a.shape[-2], gate, scale, dropout)
+    steps = backend(kernels, x.is_cuda, plan, _experts(gate))
     if torch.compiler.is_compiling():
         form = functional_update if steps is eager else operator_update
         return form(y, x, a, b, gate, scale, dropout)
     if not y.is_contiguous() or (y.is_leaf and y.requires_grad):
         y = y.clone(memory_format=torch.contiguous_format)
-    plan, beta = plan_of(x, a.shape[-2], gate, scale, dropout)
     return GatedLinear.apply(y, x, None, None, a, b, gate.rows, gate.alpha, beta, plan, steps)
 
 
@@ -129,9 +131,33 @@ def gated_inference(x: Tensor, base: nn.Linear, ready: Prepared, kernels: Kernel
         ready: made for inputs like x.
         kernels: what computes it.
     """
-    y, (w, bt, plan, alpha, beta) = base(x), ready
-    update_(flat(y, w), flat(x.to(w.dtype), w), w, bt, plan, alpha, beta, None, backend(kernels, x.is_cuda))
+    y, (w, bt, plan, alpha, beta) = _output(base, x).contiguous(), ready
+    experts = w.shape[-2] - plan.rank if alpha is not None else 0 if beta is None else beta.shape[-1]
+    steps = backend(kernels, x.is_cuda, plan, experts)
+    update_(flat(y, w), flat(x.to(w.dtype), w), w, bt, plan, alpha, beta, None, steps)
     return y
+
+
+def _plain(base: nn.Linear) -> bool:
+    """Whether a base is its product and nothing else, so that it can be a part of the operation."""
+    return type(base) is nn.Linear and not _hooked(base)
+
+
+def _hooked(base: nn.Module) -> bool:
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    return any(hooks)
+
+
+def _output(base: nn.Linear, x: Tensor) -> Tensor:
+    """Returns the base's output, free to be written into: a hook may keep, or watch, its own."""
+    y = base(x)
+    return y.clone() if _hooked(base) else y
+
+
+def _experts(gate: Gate) -> int:
+    """Returns E; 0 for the identity."""
+    weights = gate.beta if gate.rows is None else gate.rows.mT
+    return 0 if weights is None else weights.shape[-1]
 
 
 def functional_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Gate, scale: float, dropout: float) -> Tensor:
@@ -156,12 +182,14 @@ def operator_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Gate, scal
     return ops.gated_update(flat(y, w), inputs, w, bt, gate.alpha, beta, noise, *plan, "gpu")[0].view_as(y)
 
 
-def backend(kernels: Kernels, on_gpu: bool) -> ModuleType:
+def backend(kernels: Kernels, on_gpu: bool, plan: Plan | None = None, experts: int = 0) -> ModuleType:
     """Returns the module whose functions compute updates.
 
     Args:
-        kernels: what was asked for.
+        kernels: what was asked for; "auto" leaves to torch what is too large for a GPU kernel.
         on_gpu: where the tensors are.
+        plan: what is fixed about the update in question, if any.
+        experts: E.
 
     Raises:
         ValueError: Triton was asked for where it cannot run.
@@ -172,7 +200,7 @@ def backend(kernels: Kernels, on_gpu: bool) -> ModuleType:
         return eager
     from moe_peft.kernels import gpu
 
-    return gpu
+    return eager if kernels == "auto" and plan is not None and not gpu.fits(plan.form, plan.rank, experts) else gpu
 
 
 def check_kernels(kernels: Kernels) -> None:

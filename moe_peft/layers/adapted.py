@@ -103,7 +103,8 @@ class AdaptedLinear(nn.Module):
             return self._merged_forward(x, self.original)
         if not self.context.enabled:
             return self.base(x)
-        if not (torch.is_grad_enabled() or self.training or self.context.recording):
+        trained = torch.is_grad_enabled() or self.training
+        if not (trained or self.context.recording or torch.compiler.is_compiling()):
             ready = self.ready(x)
             if ready is not None:
                 return gated_inference(x, self.base, ready, self.context.kernels)
@@ -115,6 +116,8 @@ class AdaptedLinear(nn.Module):
 
     def ready(self, x: Tensor) -> Prepared | None:
         """Returns what inference needs for inputs like x, made once per batch; None without a gate."""
+        if not self.context.begun:
+            return self._prepared(x)
         return self.context.hold(self._held, x.shape[:-1], lambda: self._prepared(x))
 
     def _prepared(self, x: Tensor) -> Prepared | None:

@@ -29,7 +29,7 @@ from moe_peft.methods.scoring import answer_nll, pooled_features
 from moe_peft.methods.training import LossMean, TrainingSteps
 from moe_peft.optim import LearningRates, WarmupDecay, WeightDecays, trained_parameters
 from moe_peft.predictions import Prediction, Ranking
-from moe_peft.quirks import head_input, offload_input, silence_dropout
+from moe_peft.quirks import HeadInput, offload_input, silence_dropout
 from moe_peft.sharding import is_sharded, shard
 
 
@@ -168,7 +168,7 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
             self.prior.bind(self.backbone, model, self.context)
         head = output_head(model)
         if head is not None:
-            head.register_forward_pre_hook(head_input)
+            head.register_forward_pre_hook(HeadInput())
         model.register_forward_pre_hook(self._check_input, with_kwargs=True)
         if self.backbone.kind == "seq2seq":  # generate() calls the encoder past the model's own forward
             model.get_encoder().register_forward_pre_hook(self._check_input, with_kwargs=True)  # type: ignore[operator]
@@ -199,6 +199,7 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
     def train(self, mode: bool = True) -> Self:
         """Sets the adapters' mode; the frozen backbone stays in eval mode (its own dropout is off)."""
         super().train(mode)
+        self.context.forget_held()
         if self.model is not None:
             self.model.eval()
             for layer in self.adapted.values():
@@ -206,6 +207,10 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
             for block in self._recomputed:
                 block.training = mode  # HF recomputes only blocks whose own flag says training
         return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.context.forget_held()  # moved or cast
+        return super()._apply(fn, recurse)
 
     def mergeable_task(self, task: str | int) -> int:
         """Returns the id of a task, by name or id, all rows of which are routed alike."""

@@ -44,6 +44,7 @@ class AdapterSaving(Part):
         """Loads adapters; missing, unexpected or misshapen tensors are an error whatever `strict` says."""
         if merged_layers(self._module()):
             raise ValueError("loading adapters into a merged model would not move it: call unmerge() first")
+        self._module().context.forget_held()
         own = self.adapter_state()
         check_adapter_state(own, state_dict)
         cut = {name: like(value, own[name]) for name, value in state_dict.items()}

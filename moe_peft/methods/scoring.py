@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence, L answer tokens kept, V vocabulary, D hidden.
 """
 
+import contextlib
 import inspect
 from functools import cache
 
@@ -67,7 +68,7 @@ def answer_nll(backbone: Backbone, model: nn.Module, batch: Batch) -> Tensor:
 def causal_logits(
     model: nn.Module, input_ids: Tensor, mask: Tensor, positions: Tensor, rows: Tensor, columns: Tensor
 ) -> Tensor:
-    """Returns the logits [N, V] at N places, the only ones where the output head is computed.
+    """Returns the logits [N, V] at N places, the only ones where the output head is computed (if the model calls one).
 
     Args:
         model: a causal language model.
@@ -81,9 +82,9 @@ def causal_logits(
     if _accepts(type(model), "logits_to_keep"):
         extra["logits_to_keep"] = int(-columns.min()) if len(columns) else 1
     head = output_head(model)
-    assert head is not None
-    with head_at(head, rows, columns):
-        return model(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra).logits[0]
+    with contextlib.nullcontext() if head is None else head_at(head, rows, columns):
+        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False, **extra).logits
+    return logits[0] if logits.shape[:2] == (1, len(rows)) else logits[rows, columns]
 
 
 def option_scores(backbone: Backbone, model: nn.Module, batch: Batch) -> list[list[float]]:

@@ -187,7 +187,7 @@ class TTLoRAMoE(MultitaskModule):
         elif self._scores is not None:
             facts[CONFIDENCE] = self.router.confidence(self._scores)
         assert self.cache is not None
-        # None where gradients are on too: all is forgotten there.
+        # None where experts learn, too: all is forgotten there.
         line = None if self.merged_task is not None else self.cache.lines(facts["task_id"])
         return facts if line is None else facts | {"line": line}
 

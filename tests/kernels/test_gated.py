@@ -235,6 +235,32 @@ def test_a_base_that_is_no_plain_linear_is_called():
     assert not torch.equal(gradients(ours, "matrix", base, leaves)[0], hooked[0])
 
 
+class Turned(nn.Linear):
+    """Gives its output in another memory order."""
+
+    def forward(self, input):
+        return super().forward(input).transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def test_an_output_in_another_memory_order_is_updated_in_training_and_in_inference():
+    base, leaves = operands("matrix")
+    turned = Turned(INPUTS, OUTPUTS, dtype=torch.float64).requires_grad_(False)
+    expected = run(plain, "matrix", turned, leaves)
+    assert not turned(leaves[0]).is_contiguous()
+    x, a, b, rows, alpha, beta = (leaf.detach() for leaf in leaves)
+    ready = prepare(x, a, b, Gate("matrix", rows, alpha, beta), SCALE, x.dtype)
+    with torch.no_grad():
+        agree([run(ours, "matrix", turned, leaves), gated_inference(x, turned, ready)], [expected] * 2)
+
+
+def test_a_backward_hook_on_the_base_is_called():
+    base, leaves = operands("matrix")
+    called = []
+    base.register_full_backward_hook(lambda module, given, wanted: called.append(1))
+    run(ours, "matrix", base, leaves).sum().backward()
+    assert called
+
+
 def test_autocast_takes_the_base_in_its_dtype_and_the_gate_in_fp32():
     base, leaves = operands("matrix", dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_peft.kernels import eager, ops
+from moe_peft.kernels import eager, gpu, ops
+from moe_peft.kernels.eager import Plan
 from moe_peft.kernels.function import flat
 from moe_peft.kernels.gated import backend, prepare
 from moe_peft.kernels.reference import Gate
@@ -84,6 +85,8 @@ def test_the_operators_count_the_flops_of_their_products():
 
 def test_a_backend_is_chosen_by_name_and_device():
     assert backend("auto", False) is eager and backend("torch", True) is eager
+    assert backend("auto", True) is gpu is backend("auto", True, Plan("matrix", 4, 1, 1.0), 32)
+    assert backend("auto", True, Plan("diagonal", 5000, 1, 1.0), 5000) is eager  # more pairs than a program holds
     with pytest.raises(ValueError, match="kernels: triton needs the package triton and a GPU; use auto or torch"):
         backend("triton", False)
 

@@ -8,6 +8,7 @@ from moe_peft.kernels.dispatch import expand, shrink
 from moe_peft.kernels.reference import apply_core, low_rank_update
 from moe_peft.layers.adapted import AdaptedLinear
 from moe_peft.layers.factors import DenseFactors
+from moe_peft.layers.rank_selector import RankSelector, nested_experts
 from moe_peft.layers.routers import JointRouter
 
 BATCH, SEQUENCE, INPUTS, OUTPUTS, R, Q = 2, 5, 7, 6, 3, 4
@@ -145,6 +146,12 @@ def adapted(name, context):
     base = torch.nn.Linear(INPUTS, OUTPUTS)
     if name == "lora":
         layer = AdaptedLinear(base, DenseFactors(INPUTS, OUTPUTS, R, R), None, SCALE, 0.0, context, "slot")
+    elif name == "mor1e":
+        router = JointRouter(INPUTS, R, R, rank1=True, clusters=R * Q)
+        layer = AdaptedLinear(base, DenseFactors(INPUTS, OUTPUTS, R, R), router, 1.0, 0.0, context, "slot")
+    elif name == "more":
+        router = RankSelector(INPUTS, nested_experts(range(1, R + 1), R, BATCH, "none"), BATCH)
+        layer = AdaptedLinear(base, DenseFactors(INPUTS, OUTPUTS, R, R), router, SCALE, 0.0, context, "slot")
     else:
         router = JointRouter(INPUTS, R, Q, clusters=R * Q)
         layer = AdaptedLinear(base, DenseFactors(INPUTS, OUTPUTS, R, Q), router, 1.0, 0.0, context, "slot")
@@ -152,13 +159,14 @@ def adapted(name, context):
     return layer
 
 
-@pytest.mark.parametrize("name", ["lora", "trex"])
+@pytest.mark.parametrize("name", ["lora", "trex", "mor1e", "more"])
 def test_a_compiled_adapted_linear_equals_eager_without_a_graph_break(name):
     torch._dynamo.reset()
     context = RoutingContext()
     ids = torch.arange(BATCH * SEQUENCE).view(BATCH, SEQUENCE)
     key = context.begin(ids, torch.ones_like(ids))
     context.put("prior", torch.randn(BATCH, R * Q), key)
+    context.put("task_id", torch.arange(BATCH), key)
     layer = adapted(name, context)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x, upstream = torch.randn(BATCH, SEQUENCE, INPUTS, requires_grad=True), torch.randn(BATCH, SEQUENCE, OUTPUTS)
@@ -170,6 +178,8 @@ def test_a_compiled_adapted_linear_equals_eager_without_a_graph_break(name):
     for one, other in zip(traced, eager, strict=True):
         assert other.abs().max() > 0
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.eval()(x), layer.eval()(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_compiled_layer_reads_the_facts_of_the_batch_in_hand():

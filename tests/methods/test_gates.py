@@ -94,6 +94,30 @@ def test_weights_that_change_are_seen_from_the_next_batch_on():
         assert not torch.allclose(output(module, batch), before)
 
 
+def test_loaded_weights_are_seen_at_once():
+    module, batch = made("trex").eval(), random_batch()
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    with torch.no_grad():
+        before = output(module, batch)
+        doubled = {name: 2 * value if name.endswith("B") else value for name, value in module.adapter_state().items()}
+        module.load_state_dict(doubled)
+        assert not torch.allclose(module.model(**inputs).logits, before)
+
+
+def test_a_model_that_is_cast_or_called_without_a_batch_is_served_anew():
+    module, ids = build(LoRA).eval(), torch.arange(3, 13).view(2, 5)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    come_alive(module, random_batch())
+    with torch.no_grad():
+        single = output(module, batch)
+        assert module.double().model(input_ids=ids).logits.dtype == torch.float64
+        torch.testing.assert_close(module.model(input_ids=ids).logits.float(), single, rtol=1e-3, atol=1e-3)
+        fresh = build(LoRA).eval()
+        before = fresh.model(input_ids=ids).logits
+        torch.nn.init.normal_(next(iter(fresh.adapted.values())).factors.B)
+        assert not torch.allclose(fresh.model(input_ids=ids).logits, before) and not fresh.context._held
+
+
 @EVERY
 def test_what_is_recorded_comes_from_the_routers_own_forward(name):
     module, batch = made(name).eval(), random_batch()

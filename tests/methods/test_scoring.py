@@ -153,3 +153,20 @@ def test_afterwards_the_model_gives_all_its_logits_again():
     ids = torch.arange(3, 13).view(2, 5)
     with module.context.disabled():
         assert seen_by_the_head(module, lambda: module.model(input_ids=ids)) == [(2, 5, 32)]
+
+
+def test_another_number_of_answer_tokens_asks_for_no_compilation_of_its_own():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    module = build(LoRA)
+    module.model.compile(backend="eager")
+    graphs = []
+    for seed in range(8):
+        batch = random_batch(rows=3)
+        batch["labels"] = batch["labels"].clone()
+        for row in range(3):
+            answer = (batch["labels"][row] != -100).nonzero()[:, 0]
+            batch["labels"][row, answer[: (seed >> row) % 2 and len(answer) - 1]] = -100
+        module(batch)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] >= 1 and graphs[-1] - graphs[0] <= 3, "of 8 numbers; one graph for all follows a few of their own"

@@ -14,6 +14,7 @@ from moe_peft.kernels.gpu.backward_input import backward_w, backward_x
 from moe_peft.kernels.gpu.backward_output import backward_y
 from moe_peft.kernels.gpu.dropout import draw
 from moe_peft.kernels.gpu.forward import shrink_gate
+from moe_peft.kernels.gpu.gates import fits
 
 
 def expand_(y: Tensor, o: Tensor, bt: Tensor, scale: float) -> Tensor:
@@ -21,4 +22,4 @@ def expand_(y: Tensor, o: Tensor, bt: Tensor, scale: float) -> Tensor:
     return eager.expand_(y, o.mT, bt, scale)
 
 
-__all__ = ["backward_w", "backward_x", "backward_y", "draw", "expand_", "shrink_gate"]
+__all__ = ["backward_w", "backward_x", "backward_y", "draw", "expand_", "fits", "shrink_gate"]

@@ -51,6 +51,22 @@ class Pairs(NamedTuple):
         return min(max(self.padded // 256, 4), 16)
 
 
+def sizes(form: Form, ranks: int, experts: int) -> tuple[int, int, int, int]:
+    """Returns the sizes of the grid of a form, and of the padded one."""
+    if form == "matrix":
+        i, j = ranks, experts // ranks
+    else:
+        i, j = (experts, ranks // experts) if form == "block" else (ranks, 1)
+    bj = triton.next_power_of_2(j)
+    return i, j, max(triton.next_power_of_2(i), 16 // bj), bj
+
+
+def fits(form: Form, ranks: int, experts: int) -> bool:
+    """Returns whether the registers of one program hold all pairs."""
+    *_, bi, bj = sizes(form, ranks, experts)
+    return bi * bj <= MOST_PAIRS
+
+
 def pairs(form: Form, ranks: int, experts: int) -> Pairs:
     """Returns the grid of a form.
 
@@ -62,14 +78,8 @@ def pairs(form: Form, ranks: int, experts: int) -> Pairs:
     Raises:
         ValueError: for more pairs than one program holds.
     """
-    matrix = form == "matrix"
-    if matrix:
-        i, j = ranks, experts // ranks
-    else:
-        i, j = (experts, ranks // experts) if form == "block" else (ranks, 1)
-    bj = triton.next_power_of_2(j)
-    bi = max(triton.next_power_of_2(i), 16 // bj)
-    if bi * bj > MOST_PAIRS:
+    matrix, (i, j, bi, bj) = form == "matrix", sizes(form, ranks, experts)
+    if not fits(form, ranks, experts):
         raise ValueError(
             f"a gate of form {form!r} with R={ranks} and E={experts} has {bi * bj} padded pairs of ranks: GPU kernels"
             f" take at most {MOST_PAIRS}; use fewer experts, or kernels: torch"
