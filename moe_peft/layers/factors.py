@@ -106,15 +106,12 @@ class TensorTrainFactors(Factors):
     def forward(self, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns A [R, D] and B [O, R], or those of the chosen experts [n]: A [n, R, D] and B [n, O, R].
 
-        What is folded are all experts or the chosen ones, whichever are fewer; of many experts nothing of the size
-        [E, R, D] is made.
+        Only what is chosen is computed; nothing of the size [E, R, D] is. Folding all experts where they are fewer than
+        the rows would save a little, and sum in another order on a rank that has fewer rows.
         """
-        cores, few = list(self.cores), chosen is not None and (self.experts or 0) <= len(chosen)
-        if chosen is not None and not few:
-            cores = [core.index_select(0, chosen) for core in cores]
+        cores = list(self.cores) if chosen is None else [core.index_select(0, chosen) for core in self.cores]
         with torch.autocast(cores[0].device.type, enabled=False):
-            a, b = fold(cores, self.layout)
-        return (a.index_select(0, chosen), b.index_select(0, chosen)) if chosen is not None and few else (a, b)
+            return fold(cores, self.layout)
 
     @torch.no_grad()
     def set_cores(self, cores: Sequence[Tensor], expert: int | None = None) -> None:

@@ -60,7 +60,8 @@ def test_old_experts_heads_and_rows_keep_every_bit_and_the_new_one_answers_as_al
     module, batch = load_module(tmp_path / "grown"), random_batch(4, "classifier")
     module.route_by_task = True
     third, first = (batch | {"task_id": torch.full((4,), task)} for task in (2, 0))
-    assert torch.equal(output(module, third), output(alone, first))
+    # Alone, one product serves all rows; in a mixture each row has its own: the same but for rounding.
+    torch.testing.assert_close(output(module, third), output(alone, first), rtol=0, atol=1e-5)
     old = load_module(run_folder)
     old.route_by_task = True
     assert torch.equal(output(module, first), output(old, first))
