@@ -51,6 +51,13 @@ def _dropped(x: Tensor, kept: Tensor, plan: Plan) -> Tensor:
     return (x * kept).mul_(1 / (1 - plan.dropout))
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Returns left right. One for each row it is taken the other way round: else its rounding depends on how many rows
+    there are, and a rank's share of a batch would train otherwise than the whole.
+    """
+    return torch.matmul(left, right) if left.dim() == 2 else torch.matmul(right.mT, left.mT).mT.contiguous()
+
+
 def shrink_gate(
     x: Tensor, w: Tensor, plan: Plan, alpha: Tensor | None, beta: Tensor | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -65,7 +72,7 @@ def shrink_gate(
         kept: see `draw`.
     """
     if kept is None:
-        z = torch.matmul(w, x.mT)
+        z = _product(w, x.mT)
     else:
         z = torch.matmul(w[..., : plan.rank, :], _dropped(x, kept, plan).mT)
         if w.shape[-2] > plan.rank:
@@ -136,8 +143,7 @@ def backward_y(
     need_b: bool,
 ) -> Gradients:
     """Goes back from the output to rank space (see the module's docstring)."""
-    do = torch.matmul(bt, dy.mT)
-    dbt = torch.matmul(o, dy) if need_b else None
+    do, dbt = _product(bt, dy.mT), _product(o, dy) if need_b else None
     if plan.scale != 1:
         wide = torch.promote_types(do.dtype, torch.float32)
         do, dbt = do.mul_(plan.scale), None if dbt is None else dbt.to(wide).mul_(plan.scale)
