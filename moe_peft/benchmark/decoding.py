@@ -13,7 +13,7 @@ from moe_peft.batch import Batch
 from moe_peft.benchmark.models import METHODS, OWN, PEFT, RANK, build, factors_of, random_batch, sharing
 from moe_peft.benchmark.rivals import HAS_PEFT
 from moe_peft.benchmark.timing import Variant, clock_of, interleave, summary
-from moe_peft.layers.adapted import find_linears
+from moe_peft.layers.injection import find_linears
 from moe_peft.methods.base import MultitaskModule
 
 BARE, EAGER, MERGED = "bare base", f"eager LoRA r={RANK}", f"{OWN}, merged"

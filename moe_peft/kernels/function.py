@@ -13,24 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from moe_peft.kernels.eager import Plan
-
-
-def stacked(a: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Returns [A; W_r] in the dtype of the products: [R + E, D], or [B, R + E, D] where rows have their own A."""
-    if rows is not None:
-        a = torch.cat([a, rows if a.dim() == 2 else rows.expand(len(a), -1, -1)], -2)
-    return a.to(dtype).contiguous()  # a tensor train's A comes transposed, which costs products threefold
-
-
-def transposed(b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns Bᵀ [Q, O] or [B, Q, O] whose rows are contiguous: products with a tall, narrow B cost up to threefold."""
-    return b.mT.to(dtype, memory_format=torch.contiguous_format).contiguous()  # the first makes no copy of its dtype
-
-
-def flat(tensor: Tensor, w: Tensor) -> Tensor:
-    """Brings [..., D] to [M, D] for shared factors, to [B, S, D] for one pair of factors for each row."""
-    lead = (-1,) if w.dim() == 2 else (len(tensor), -1)
-    return tensor.reshape(*lead, tensor.shape[-1])
+from moe_peft.kernels.operands import flat, stacked, transposed
 
 
 def update_(
@@ -49,8 +32,8 @@ def update_(
     Args:
         y: [M, O], or [B, S, O] where rows have their own factors; contiguous.
         x: [M, D] or [B, S, D].
-        w: see `stacked`.
-        bt: see `transposed`.
+        w: see `operands.stacked`.
+        bt: see `operands.transposed`.
         plan: what is fixed.
         alpha: [1], or None.
         beta: [M / every, E], or None.

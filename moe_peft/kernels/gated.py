@@ -8,56 +8,21 @@ functional torch, which the compiler fuses itself, or for Triton one functional 
 import os
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from moe_peft.kernels import eager
 from moe_peft.kernels.eager import Plan
-from moe_peft.kernels.function import GatedLinear, flat, stacked, transposed, update_
+from moe_peft.kernels.function import GatedLinear, update_
+from moe_peft.kernels.operands import Prepared, flat, plan_of, stacked, transposed
 from moe_peft.kernels.reference import Gate, apply_gate, gate_weights
 
 Kernels = Literal["auto", "torch", "triton"]
 """What computes updates: "auto" takes Triton's kernels on a GPU and torch elsewhere."""
 INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-FEW = 32
-"""Tokens up to which a CPU takes longer to start a product in half precision than to do it in fp32."""
-
-
-class Prepared(NamedTuple):
-    """All that an update needs besides its input."""
-
-    w: Tensor
-    """[A; W_r] as [R + E, D], or one for each row of the batch [B, R + E, D]."""
-    bt: Tensor
-    """Bᵀ [Q, O] or [B, Q, O]."""
-    plan: Plan
-    alpha: Tensor | None
-    beta: Tensor | None
-    """β [M / every, E]."""
-
-
-def prepare(x: Tensor, a: Tensor, b: Tensor, gate: Gate, scale: float, dtype: torch.dtype) -> Prepared:
-    """Casts, stacks and transposes factors for inputs like x.
-
-    Args:
-        x: [..., D].
-        a: A [R, D], or [B, R, D]: one for each row of the batch.
-        b: B [O, Q] or [B, O, Q].
-        gate: what decides the core.
-        scale: s.
-        dtype: of the products: the base's; for few tokens on a CPU fp32 at least.
-    """
-    plan, beta = plan_of(x, a.shape[-2], gate, scale, 0.0)
-    if not x.is_cuda and x.shape[:-1].numel() <= FEW:
-        dtype = torch.promote_types(dtype, torch.float32)
-    w = stacked(a, gate.rows, dtype)
-    w = w.clone() if w is a else w  # like Bᵀ, a copy: what is changed in place must not change half of it
-    return Prepared(w, transposed(b, dtype), plan, gate.alpha, beta)
 
 
 def gated_linear(
@@ -115,8 +80,9 @@ def gated_update(
     plan, beta = plan_of(x, a.shape[-2], gate, scale, dropout)
     steps = backend(kernels, x.is_cuda, plan, _experts(gate))
     if torch.compiler.is_compiling():
-        form = functional_update if steps is eager else operator_update
-        return form(y, x, a, b, gate, scale, dropout)
+        if steps is eager:
+            return functional_update(y, x, a, b, gate, scale, dropout)
+        return operator_update(y, x, a, b, gate, plan, beta)
     if not y.is_contiguous() or (y.is_leaf and y.requires_grad):
         y = y.clone(memory_format=torch.contiguous_format)
     return GatedLinear.apply(y, x, None, None, a, b, gate.rows, gate.alpha, beta, plan, steps)
@@ -171,12 +137,11 @@ def functional_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Gate, sc
     return y + scale * (o @ b.mT)
 
 
-def operator_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Gate, scale: float, dropout: float) -> Tensor:
-    """Returns y + s B C A x, out of place, as the one operator that holds the Triton kernels."""
+def operator_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Gate, plan: Plan, beta: Tensor | None) -> Tensor:
+    """Returns y + s B C A x, out of place, as the one operator that holds the Triton kernels; see `plan_of`."""
     from moe_peft.kernels import gpu, ops
 
     w, bt = stacked(a, gate.rows, y.dtype), transposed(b, y.dtype)
-    plan, beta = plan_of(x, a.shape[-2], gate, scale, dropout)
     inputs = flat(x, w)
     noise = gpu.draw(inputs, plan)
     return ops.gated_update(flat(y, w), inputs, w, bt, gate.alpha, beta, noise, *plan, "gpu")[0].view_as(y)
@@ -208,18 +173,3 @@ def check_kernels(kernels: Kernels) -> None:
     if kernels not in ("auto", "torch", "triton"):
         raise ValueError(f"kernels: {kernels!r} is unknown; use auto, torch or triton")
     backend(kernels, torch.cuda.is_available())
-
-
-def plan_of(x: Tensor, rank: int, gate: Gate, scale: float, dropout: float) -> tuple[Plan, Tensor | None]:
-    """Returns the plan of an update and β as [M / every, E]."""
-    beta, lead = gate.beta, x.shape[:-1]
-    if beta is None:
-        return Plan(gate.form, rank, max(1, lead.numel()), scale, dropout), None
-    own = beta.shape[:-1]
-    if own.numel() == 1:
-        every = max(1, lead.numel())
-    elif own[0] == lead[0] and own[1:].numel() == 1:
-        every = max(1, lead[1:].numel())
-    else:
-        every, beta = 1, beta.expand(*lead, -1)
-    return Plan(gate.form, rank, every, scale, dropout), beta.reshape(-1, beta.shape[-1])

@@ -70,21 +70,8 @@ def gated_update(
 
 
 @gated_update.register_fake
-def _(
-    y: Tensor,
-    x: Tensor,
-    w: Tensor,
-    bt: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    noise: Tensor | None,
-    form: str,
-    rank: int,
-    every: int,
-    scale: float,
-    dropout: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(y: Tensor, x: Tensor, w: Tensor, bt: Tensor, alpha: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    form, rank, every, *_, backend = rest[2:]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     (*rows, tokens), width, identity = x.shape[:-1], w.shape[-2], form == "identity"
     p = x.new_empty(0)
@@ -126,30 +113,13 @@ def gated_update_backward(
     dx = steps.backward_x(found.dz, w, None, plan, noise)
     dw = steps.backward_w(found.dz, x, plan, noise)
     gates = _or_nothing(found.dalpha, x), _or_nothing(found.dbeta, x)
-    return dx, dw.to(w.dtype), found.dbt.to(bt.dtype), *gates
+    return dx, dw.to(w.dtype), found.dbt.to(bt.dtype).contiguous(), *gates
 
 
 @gated_update_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    bt: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    noise: Tensor | None,
-    z: Tensor,
-    o: Tensor,
-    p: Tensor,
-    form: str,
-    rank: int,
-    every: int,
-    scale: float,
-    dropout: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gates = [x.new_empty(0) if gate is None else torch.empty_like(gate) for gate in (alpha, beta)]
-    return (*(x.new_empty(tensor.shape) for tensor in (x, w, bt)), *gates)  # pyright: ignore[reportReturnType]
+def _(dy: Tensor, x: Tensor, w: Tensor, bt: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    gates = [x.new_empty(0) if gate is None else torch.empty_like(gate) for gate in rest[:2]]
+    return (*(x.new_empty(tensor.shape) for tensor in (x, w, bt)), *gates)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:

@@ -1,19 +1,17 @@
-"""AdaptedLinear: a frozen linear plus a gated low-rank update, and `inject`, which puts it into any model.
+"""AdaptedLinear: a frozen linear plus a gated low-rank update.
 
     y = W0 x + s * B C(x) A x
 
 Shapes: B batch, S sequence, D in, O out, R rows of A, Q columns of B.
 """
 
-import re
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from moe_peft.context import RoutingContext
 from moe_peft.kernels.dispatch import expand, shrink
-from moe_peft.kernels.gated import Prepared, gated_inference, gated_linear, gated_update, prepare
+from moe_peft.kernels.gated import gated_inference, gated_linear, gated_update
+from moe_peft.kernels.operands import Prepared, prepare
 from moe_peft.kernels.reference import Gate, apply_core
 from moe_peft.layers.factors import Factors
 from moe_peft.layers.routers import Router
@@ -72,12 +70,17 @@ class AdaptedLinear(nn.Module):
         """O."""
         return self.base.out_features
 
+    @property
+    def active_dropout(self) -> float:
+        """The probability that applies now: none outside training."""
+        return self.dropout if self.training else 0.0
+
     def rank_space(self, x: Tensor, a: Tensor) -> Tensor:
         """Returns C(x) A x [..., Q] in fp32 for the core that the router's `forward` gives."""
         assert self.router is not None
         rows = self.router.rows()
-        if self.training and self.dropout > 0:
-            h = shrink(torch.dropout(x, self.dropout, True), a)
+        if self.active_dropout:
+            h = shrink(torch.dropout(x, self.active_dropout, True), a)
             scores = None if rows is None else shrink(x, rows)
         elif rows is None:
             h, scores = shrink(x, a), None
@@ -108,11 +111,11 @@ class AdaptedLinear(nn.Module):
             ready = self.ready(x)
             if ready is not None:
                 return gated_inference(x, self.base, ready, self.context.kernels)
-        gate, dropout = self.gate(x), self.dropout if self.training else 0.0
+        gate = self.gate(x)
         if gate is None:
             return self._update(self.base(x), x, None)
         a, b = self.active_factors(len(x))
-        return gated_linear(x, self.base, a, b, gate, self.scale, dropout, self.context.kernels)
+        return gated_linear(x, self.base, a, b, gate, self.scale, self.active_dropout, self.context.kernels)
 
     def ready(self, x: Tensor) -> Prepared | None:
         """Returns what inference needs for inputs like x, made once per batch; None without a gate."""
@@ -130,8 +133,7 @@ class AdaptedLinear(nn.Module):
         a, b = self.active_factors(len(x))
         if gate is None:
             return expand(y, self.rank_space(x, a), b, self.scale)
-        dropout = self.dropout if self.training else 0.0
-        return gated_update(y, x, a, b, gate, self.scale, dropout, self.context.kernels)
+        return gated_update(y, x, a, b, gate, self.scale, self.active_dropout, self.context.kernels)
 
     @property
     def merged(self) -> bool:
@@ -196,65 +198,3 @@ class AdaptedLinear(nn.Module):
         if self.original is None:
             raise ValueError(f"{self.slot} is not merged: there is nothing to take back")
         self.base.weight, self.original = self.original, None
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """Returns the model's output head (`lm_head`), if it has one."""
-    get = getattr(model, "get_output_embeddings", None)
-    return None if get is None else get()
-
-
-def find_linears(model: nn.Module, targets: str | list[str]) -> list[str]:
-    """Names the linears to adapt, in the model's order.
-
-    Args:
-        model: any module.
-        targets: "all-linear" (every `nn.Linear` but the output head), a regular expression that must match a whole
-            name, or a list of name suffixes ("q_proj", "mlp.down_proj").
-
-    Raises:
-        ValueError: nothing matches, or a suffix in the list matches nothing; lists what there is.
-    """
-    head = output_head(model)
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    if targets == "all-linear":
-        found, idle = names, []
-    elif isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise ValueError(f"targets: {targets!r} is no regular expression ({error})") from None
-        found, idle = [name for name in names if pattern.fullmatch(name)], []
-    else:
-        ends = [(target, "." + target) for target in targets]
-        found = [name for name in names if any(("." + name).endswith(end) for _, end in ends)]
-        idle = [target for target, end in ends if not any(("." + name).endswith(end) for name in names)]
-    if idle or not found:
-        suffixes = sorted({name.rsplit(".", 1)[-1] for name in names})
-        raise ValueError(
-            f"targets: {idle or targets!r} matches no linear; this model has {', '.join(suffixes) or 'none'}"
-        )
-    return found
-
-
-def inject(
-    model: nn.Module, targets: str | list[str], make: Callable[[nn.Linear, str], AdaptedLinear]
-) -> dict[str, AdaptedLinear]:
-    """Replaces the targeted linears of `model` in place.
-
-    Args:
-        model: the frozen model.
-        targets: see `find_linears`.
-        make: builds the adapted linear from the base linear and its name.
-
-    Returns:
-        The adapted linears by name, in the model's order.
-    """
-    adapted = {}
-    for name in find_linears(model, targets):
-        parent = model.get_submodule(name.rpartition(".")[0])
-        base = model.get_submodule(name)
-        assert isinstance(base, nn.Linear)
-        adapted[name] = make(base, name)
-        setattr(parent, name.rpartition(".")[2], adapted[name])
-    return adapted

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_peft.context import RoutingContext
-from moe_peft.kernels.gated import Prepared
+from moe_peft.kernels.operands import Prepared
 from moe_peft.kernels.reference import Gate
 from moe_peft.layers.adapted import AdaptedLinear
 from moe_peft.layers.factors import TensorTrainFactors

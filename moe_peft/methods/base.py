@@ -18,7 +18,8 @@ from moe_peft.context import RoutingContext
 from moe_peft.data.tasks import TaskSpec
 from moe_peft.embedders import Embedder
 from moe_peft.kernels.gated import Kernels, check_kernels
-from moe_peft.layers.adapted import AdaptedLinear, inject, output_head
+from moe_peft.layers.adapted import AdaptedLinear
+from moe_peft.layers.injection import inject, output_head
 from moe_peft.layers.prior import SemanticPrior
 from moe_peft.layers.representation import Representation
 from moe_peft.methods import merging

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from moe_peft.backbones import Backbone, Classifier
 from moe_peft.batch import IGNORE_INDEX, Batch
-from moe_peft.layers.adapted import output_head
+from moe_peft.layers.injection import output_head
 from moe_peft.quirks import head_at
 from moe_peft.sharding import enter, is_sharded
 

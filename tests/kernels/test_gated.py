@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from moe_peft.kernels.function import flat
-from moe_peft.kernels.gated import gated_inference, gated_linear, gated_update, prepare
+from moe_peft.kernels.gated import gated_inference, gated_linear, gated_update
+from moe_peft.kernels.operands import flat, prepare
 from moe_peft.kernels.reference import Gate
 from moe_peft.kernels.reference import gated_update as reference
 

@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe_peft.kernels import eager, gpu, ops
 from moe_peft.kernels.eager import Plan
-from moe_peft.kernels.function import flat
-from moe_peft.kernels.gated import backend, prepare
+from moe_peft.kernels.gated import backend
+from moe_peft.kernels.operands import flat, prepare
 from moe_peft.kernels.reference import Gate
 from moe_peft.methods.lora import LoRA
 from tests.kernels.test_gated import BATCH, GATES, INPUTS, OUTPUTS, SCALE, SEQUENCE, agree, gradients, operands, plain

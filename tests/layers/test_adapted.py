@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from moe_peft.context import RoutingContext
-from moe_peft.layers.adapted import AdaptedLinear, find_linears, inject
+from moe_peft.layers.adapted import AdaptedLinear
 from moe_peft.layers.factors import DenseFactors
+from moe_peft.layers.injection import find_linears, inject
 from moe_peft.layers.routers import Router
 from moe_peft.methods.lora import LoRA
 from tests.tiny import build, come_alive, output, random_batch, tiny_backbone

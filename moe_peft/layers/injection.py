@@ -1,0 +1,70 @@
+"""Which linears of a model are adapted, and putting the adapted ones in their place."""
+
+import re
+from collections.abc import Callable
+
+from torch import nn
+
+from moe_peft.layers.adapted import AdaptedLinear
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Returns the model's output head (`lm_head`), if it has one."""
+    get = getattr(model, "get_output_embeddings", None)
+    return None if get is None else get()
+
+
+def find_linears(model: nn.Module, targets: str | list[str]) -> list[str]:
+    """Names the linears to adapt, in the model's order.
+
+    Args:
+        model: any module.
+        targets: "all-linear" (every `nn.Linear` but the output head), a regular expression that must match a whole
+            name, or a list of name suffixes ("q_proj", "mlp.down_proj").
+
+    Raises:
+        ValueError: nothing matches, or a suffix in the list matches nothing; lists what there is.
+    """
+    head = output_head(model)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    if targets == "all-linear":
+        found, idle = names, []
+    elif isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"targets: {targets!r} is no regular expression ({error})") from None
+        found, idle = [name for name in names if pattern.fullmatch(name)], []
+    else:
+        ends = [(target, "." + target) for target in targets]
+        found = [name for name in names if any(("." + name).endswith(end) for _, end in ends)]
+        idle = [target for target, end in ends if not any(("." + name).endswith(end) for name in names)]
+    if idle or not found:
+        suffixes = sorted({name.rsplit(".", 1)[-1] for name in names})
+        raise ValueError(
+            f"targets: {idle or targets!r} matches no linear; this model has {', '.join(suffixes) or 'none'}"
+        )
+    return found
+
+
+def inject(
+    model: nn.Module, targets: str | list[str], make: Callable[[nn.Linear, str], AdaptedLinear]
+) -> dict[str, AdaptedLinear]:
+    """Replaces the targeted linears of `model` in place.
+
+    Args:
+        model: the frozen model.
+        targets: see `find_linears`.
+        make: builds the adapted linear from the base linear and its name.
+
+    Returns:
+        The adapted linears by name, in the model's order.
+    """
+    adapted = {}
+    for name in find_linears(model, targets):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        adapted[name] = make(base, name)
+        setattr(parent, name.rpartition(".")[2], adapted[name])
+    return adapted
