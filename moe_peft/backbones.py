@@ -4,7 +4,6 @@ One interface for causal LMs, encoder-decoders and classifiers. A backbone is ch
 `load`, `tokenizer` and `config` only, so a configuration is checked and counted without weights.
 """
 
-import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +15,6 @@ from torch import nn
 
 from moe_peft.files import dequantised, resolve_name
 
-INCIDENTAL = {
-    *("dtype", "torch_dtype", "transformers_version", "architectures", "use_cache", "quantization_config"),
-    *("output_hidden_states", "output_attentions", "return_dict", "id2label", "label2id", "problem_type"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "chunk_size_feed_forward", "is_encoder_decoder"),
-}
-"""Fields of a configuration that do not change what the model computes."""
 PACKABLE = {
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2"),
     *("smollm3", "granite", "stablelm", "gpt_neox", "opt"),
@@ -81,6 +74,7 @@ class Backbone:
         self.shape, self.random_weights, self.gradient_checkpointing = shape, random_weights, gradient_checkpointing
         self.attention, self.offload_activations = attention, offload_activations
         self.dtype = auto_dtype() if dtype == "auto" else getattr(torch, dtype)
+        self._given: nn.Module | None = None
 
     @cached_property
     def _config(self) -> Any:
@@ -113,8 +107,31 @@ class Backbone:
         """Returns the tokenizer; its pad token is set (to EOS where the model has none)."""
         return self._tokenizer
 
+    def adopt(self, model: nn.Module) -> None:
+        """Takes a model that was loaded elsewhere: `load` returns it, in whatever dtype it has.
+
+        Raises:
+            ValueError: a model of another kind.
+        """
+        import transformers
+
+        kinds = getattr(transformers, self.auto_class)._model_mapping.get(type(model.config), ())
+        if not isinstance(model, kinds):
+            raise ValueError(
+                f"model: a {type(model).__name__} is no {type(self).__name__}; load the base with {self.auto_class}"
+            )
+        self._given, self.__dict__["_config"] = model, model.config
+        self.dtype, self.gradient_checkpointing = next(model.parameters()).dtype, False
+
+    @property
+    def adopted(self) -> bool:
+        """Whether the model was loaded elsewhere."""
+        return self._given is not None
+
     def load(self) -> nn.Module:
         """Loads the model frozen, in eval mode, in this backbone's dtype (on the default device, also "meta")."""
+        if self._given is not None:
+            return self._given.requires_grad_(False).eval()
         import transformers
 
         auto = getattr(transformers, self.auto_class)
@@ -167,25 +184,6 @@ class Backbone:
         if self.gguf_file is None:
             return source
         return str(dequantised(Path(source) / self.gguf_file, self.sha256, self.auto_class))
-
-    def fingerprint(self, model: nn.Module) -> str:
-        """Identifies the frozen model: a hash of configuration, names, shapes and sampled values.
-
-        The same weights in float32 or bfloat16 have one fingerprint; path and machine do not matter, and adapters do
-        not enter it.
-        """
-        config = model.config.to_dict()  # type: ignore[operator]
-        telling = {key: value for key, value in config.items() if key not in INCIDENTAL and not key.startswith("_")}
-        digest = hashlib.sha256(json.dumps(telling, sort_keys=True, default=str).encode())
-        for name, parameter in sorted(model.state_dict().items()):
-            if "factors." in name or "router." in name:
-                continue
-            name = name.replace(".base.", ".")
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 1024)].float().cpu().to(torch.bfloat16)
-            digest.update(sample.view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()[:16]
 
     def describe(self) -> str:
         """Returns what a results file calls this backbone."""

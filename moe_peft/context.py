@@ -34,6 +34,10 @@ Contrast = Callable[[str, Tensor, Tensor], Tensor | None]
 """(slot, the layer's input [B, S, D], task embeddings [T, d]) -> a loss per row [B], or None."""
 
 
+Observer = Callable[[str, Routing], None]
+"""(slot, routing): is shown what a layer decided."""
+
+
 class RoutingContext:
     """Facts of the batch that is being processed, and the routing that was recorded for it.
 
@@ -49,6 +53,8 @@ class RoutingContext:
         self.recording = False
         """True: routers leave their `Routing` in `records`, by slot. Off by default: it keeps activations alive."""
         self.records: dict[str, Routing] = {}
+        self._observer: Observer | None = None
+        self._recorded: set[str] = set()
         self.contrast: Contrast | None = None
         """Compares a layer's input with the task embeddings while training (set by the TaskContrast callback)."""
         self._terms: dict[str, dict[str, Tensor]] = {}
@@ -60,9 +66,14 @@ class RoutingContext:
 
     def begin(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Starts a batch: forgets the facts of the one before and returns the new content key [B]."""
-        self._facts, self.records, self._terms, self._held = {}, {}, {}, {}
+        self.end()
         self._key, self._width, self._input = content_key(input_ids, attention_mask), input_ids.shape[1], input_ids
         return self._key
+
+    def end(self) -> None:
+        """Forgets the batch and its facts: another may have been processed since by the same model."""
+        self._facts, self.records, self._terms, self._held, self._recorded = {}, {}, {}, {}, set()
+        self._key, self._width, self._input = None, 0, None
 
     def put(self, name: str, fact: Tensor, key: Tensor) -> None:
         """Publishes a per-row fact.
@@ -148,10 +159,28 @@ class RoutingContext:
         """Lets everything be made anew: weights were loaded, moved or cast within a batch."""
         self._held = {}
 
+    def observe(self, observer: Observer | None) -> None:
+        """Has every layer's routing shown to somebody from now on, and kept no longer than that; None ends it."""
+        self.recording, self._observer = observer is not None, observer
+
+    @property
+    def observed(self) -> bool:
+        """Whether somebody is shown the routing."""
+        return self._observer is not None
+
+    def records_next(self, slot: str) -> bool:
+        """Whether a layer's next routing will be recorded."""
+        return self.recording and slot not in self._recorded
+
     def record(self, slot: str, routing: Routing) -> None:
-        """Keeps a layer's first routing of the batch: the prefill's, where generation goes on token by token."""
-        if self.recording:
-            self.records.setdefault(slot, routing)
+        """Keeps, or shows, a layer's first routing of the batch: the prefill's, where generation goes on from it."""
+        if not self.records_next(slot):
+            return
+        self._recorded.add(slot)
+        if self._observer is None:
+            self.records[slot] = routing
+        else:
+            self._observer(slot, routing)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:

@@ -8,6 +8,8 @@ from typing import Literal, Self
 
 from moe_peft.data.tasks import TaskSpec
 
+NOBODY = "none"
+"""Instead of a task, where no expert was good enough for a row."""
 Ranking = Literal["sum", "per_char"]
 """How options are ranked: by summed log-likelihood, or by log-likelihood per character of the option."""
 

@@ -9,6 +9,31 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
 
+def entries(model: nn.Module) -> list[nn.Module]:
+    """Returns what is called with a model's inputs: itself, and an encoder, which generate() calls past its forward."""
+    return [model, model.get_encoder()] if model.config.is_encoder_decoder else [model]  # type: ignore
+
+
+def input_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, bool]:
+    """Returns the token ids and the mask that a model is called with, and whether the call goes on from a prefill."""
+    ids, cache = args[0] if args else kwargs.get("input_ids"), kwargs.get("past_key_values")
+    cached = kwargs.get("encoder_outputs") is not None or (cache is not None and bool(cache.get_seq_length() > 0))
+    return ids, kwargs.get("attention_mask"), cached
+
+
+@contextmanager
+def unhooked(modules: list[nn.Module]) -> Iterator[None]:
+    """Takes off the forward pre-hooks that modules are given within."""
+    before = [set(module._forward_pre_hooks) for module in modules]
+    try:
+        yield
+    finally:
+        for module, kept in zip(modules, before, strict=True):
+            for key in set(module._forward_pre_hooks) - kept:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 class HeadInput:
     """A hook that gives an output head contiguous rows, and only those that are asked for (`head_at`).
 

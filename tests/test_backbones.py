@@ -5,6 +5,7 @@ import torch
 
 from moe_peft.backbones import CausalLM, Classifier
 from moe_peft.files import resolve_name
+from moe_peft.fingerprint import fingerprint
 from moe_peft.methods.trex import TRex
 from tests.tiny import BERT, LLAMA, build, output, random_batch, randomise, tiny_backbone
 
@@ -56,7 +57,7 @@ def test_a_model_is_read_from_its_folder_with_the_same_weights(kind, tmp_path):
     state = again.load().state_dict()
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    assert again.fingerprint(again.load()) == backbone.fingerprint(model)
+    assert fingerprint(again.load()) == fingerprint(model)
 
 
 def test_a_classifier_has_no_pooler_of_its_own():
@@ -118,15 +119,15 @@ def test_a_missing_or_wrong_gguf_file_is_one_line(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fingerprint_sees_other_weights(kind):
     backbone, model = loaded(kind)
-    found = backbone.fingerprint(model)
-    assert backbone.fingerprint(loaded(kind)[1]) == found
-    assert backbone.fingerprint(loaded(kind, seed=1)[1]) != found
+    found = fingerprint(model)
+    assert fingerprint(loaded(kind)[1]) == found
+    assert fingerprint(loaded(kind, seed=1)[1]) != found
     for name, parameter in model.named_parameters():
         before = parameter.data.clone()
         parameter.data.add_(0.1)
-        assert backbone.fingerprint(model) != found, name
+        assert fingerprint(model) != found, name
         parameter.data.copy_(before)
-    assert backbone.fingerprint(model) == found
+    assert fingerprint(model) == found
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -135,32 +136,32 @@ def test_a_fingerprint_does_not_see_the_dtype(kind, dtype):
     """Weights as they are published (bfloat16 values), loaded in any dtype that can hold them."""
     backbone, model = loaded(kind)
     model.bfloat16().float()
-    found = backbone.fingerprint(model)
-    assert backbone.fingerprint(model.to(dtype)) == found
+    found = fingerprint(model)
+    assert fingerprint(model.to(dtype)) == found
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fingerprint_of_fp32_weights_is_that_of_their_bfloat16_copy(kind):
     backbone, model = loaded(kind)
-    found = backbone.fingerprint(model)
-    assert backbone.fingerprint(model.bfloat16()) == found
+    found = fingerprint(model)
+    assert fingerprint(model.bfloat16()) == found
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fingerprint_does_not_see_adapters(kind):
     module = build(TRex, kind, clusters=5)
     torch.manual_seed(0)
-    bare = module.backbone.fingerprint(tiny_backbone(kind).load())
-    assert module.fingerprint == bare == module.backbone.fingerprint(module.model)
+    bare = fingerprint(tiny_backbone(kind).load())
+    assert module.fingerprint == bare == fingerprint(module.model)
     randomise(module)
-    assert module.backbone.fingerprint(module.model) == bare
+    assert fingerprint(module.model) == bare
 
 
 def test_a_fingerprint_sees_the_configuration():
     backbone, model = loaded("causal")
-    found = backbone.fingerprint(model)
+    found = fingerprint(model)
     model.config.rope_parameters = model.config.rope_parameters | {"rope_theta": 5e5}
-    assert backbone.fingerprint(model) != found
+    assert fingerprint(model) != found
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from moe_peft.batch import Batch
 from moe_peft.counting import model_parser
 from moe_peft.data.tasks import TaskSpec
-from tests.tiny import come_alive, random_batch
+from tests.tiny import come_alive, output, random_batch, randomise
 from tests.tiny_runs import save_backbone
 
 TASKS = [
@@ -38,7 +39,28 @@ def trained(folder: Path, method: str, kind: str = "causal", dtype: str = "float
     module = parser.instantiate_classes(parsed)["model"]
     module.config = config
     module.configure_model()
-    return come_alive(module, random_batch(6, kind), scale=0.1).eval()
+    return (come_alive_by_stages if method == "TTLoRAMoE" else come_alive)(
+        module, random_batch(6, kind), scale=0.1
+    ).eval()
+
+
+def come_alive_by_stages(module: Any, batch: Batch, scale: float) -> Any:
+    """A TT-LoRA MoE's experts and router, random, proved to act and to learn, each by its own loss."""
+    randomise(module, scale=scale)
+    batch = batch | {"task_id": torch.arange(len(batch["task_id"])) % len(TASKS)}
+    batch["task_share"] = torch.bincount(batch["task_id"])[batch["task_id"]].float()
+    with torch.no_grad():
+        adapted = output(module, batch)
+        with module.context.disabled():
+            bare = output(module, batch)
+    assert ((adapted - bare).abs().flatten(1).amax(1) > 1e-3).all(), "an expert does not move the output of its rows"
+    module.begin(batch)
+    sum(module.step_losses(batch).values()).backward()
+    for name, parameter in module.named_parameters():
+        assert not parameter.requires_grad or (parameter.grad is not None and parameter.grad.abs().max() > 0), name
+    module.zero_grad(set_to_none=True)
+    module.router_trained.fill_(True)
+    return module
 
 
 def save(module: Any, path: Path) -> Path:

@@ -6,8 +6,9 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moe_peft.callbacks.rank_report import write_csv
-from moe_peft.methods.evaluation import NOBODY, confusion
+from moe_peft.methods.evaluation import confusion
 from moe_peft.methods.tt_lora_moe import TTLoRAMoE
+from moe_peft.predictions import NOBODY
 
 
 class RoutingConfusion(Callback):

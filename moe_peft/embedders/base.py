@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_peft.batch import IGNORE_INDEX, Batch
+from moe_peft.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from moe_peft.backbones import Backbone
@@ -84,7 +85,7 @@ class Embedder(nn.Module):
     def base_fingerprint(self) -> str:
         """Returns the frozen base's own, taken once per binding: later the base may be cut, or merged."""
         if not self._base_fingerprint:
-            self._base_fingerprint = self.bound.backbone.fingerprint(self.bound.model)
+            self._base_fingerprint = fingerprint(self.bound.model)
         return self._base_fingerprint
 
     def fit(self, batches: Sequence[Batch]) -> Tensor:

@@ -107,7 +107,7 @@ class AdaptedLinear(nn.Module):
         if not self.context.enabled:
             return self.base(x)
         trained = torch.is_grad_enabled() or self.training
-        if not (trained or self.context.recording or torch.compiler.is_compiling()):
+        if not (trained or torch.compiler.is_compiling()):
             ready = self.ready(x)
             if ready is not None:
                 return gated_inference(x, self.base, ready, self.context.kernels)

@@ -79,6 +79,24 @@ class ExpertRouter(nn.Module):
         known = scores.masked_fill(scores.isneginf(), float("nan"))  # an expert of which no row was seen has no score
         return scores.amax(-1) - known.nanmean(-1)
 
+    @torch.no_grad()
+    def weights(self, scores: Tensor, chosen: Tensor, refusing: bool) -> Tensor:
+        """Returns a record of the routing [B, E], or [B, E + 1] where rows may be refused: the last is nobody.
+
+        A router that learns by gradient knows probabilities; the scores of others are none, so their choice counts.
+
+        Args:
+            scores: [B, E].
+            chosen: [B], -1 for a refused row.
+            refusing: whether rows may be.
+        """
+        experts, refused = scores.shape[1], chosen < 0
+        weights = functional.one_hot(chosen.masked_fill(refused, experts), experts + 1).to(scores.dtype)
+        if self.learns_by_gradient:
+            known = functional.pad(scores.softmax(-1), (0, 1))
+            weights = torch.where(refused.unsqueeze(1), weights, known)
+        return weights if refusing else weights[:, :experts]
+
     def forward(self, features: Tensor) -> Tensor:
         """Returns scores [B, E] of features [B, d], in fp32 also under autocast."""
         with torch.autocast(features.device.type, enabled=False):

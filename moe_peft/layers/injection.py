@@ -1,7 +1,7 @@
 """Which linears of a model are adapted, and putting the adapted ones in their place."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -62,9 +62,15 @@ def inject(
     """
     adapted = {}
     for name in find_linears(model, targets):
-        parent = model.get_submodule(name.rpartition(".")[0])
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear)
         adapted[name] = make(base, name)
-        setattr(parent, name.rpartition(".")[2], adapted[name])
+    place(model, adapted)
     return adapted
+
+
+def place(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Puts modules in the places of those of the same names."""
+    for name, layer in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)

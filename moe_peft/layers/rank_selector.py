@@ -180,7 +180,7 @@ class RankSelector(Router):
         core = context.hold(slot, len(x), lambda: self._row_cores(context, slot, x))
         if self.training and context.contrast is not None:
             context.add_term("contrast", slot, context.contrast(slot, x, self.task_embeddings()))
-        if context.recording:
+        if context.records_next(slot):
             ranks = (self.experts != 0).sum(1)
             context.record(slot, Routing(((core != 0).sum(-1, keepdim=True) == ranks).float()))
         return core

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moe_peft.context import Routing, RoutingContext
+from moe_peft.kernels.dispatch import shrink
 from moe_peft.kernels.reference import Gate
 
 
@@ -186,24 +187,32 @@ class JointRouter(Router):
         return s if self.projection is None else s @ self.projection.mT
 
     def gate(self, x: Tensor, context: RoutingContext, slot: str) -> Gate | None:
-        """Returns g = α p + β; None where p is no plain softmax, or where it is to be recorded."""
-        if self.top_k is not None or self.factorised or context.recording:
+        """Returns g = α p + β; None where p is no plain softmax. The kernels never make g, so it is recorded here."""
+        if self.top_k is not None or self.factorised:
             return None
-        s = self.prior(context, len(x))
-        s = None if s is None else s.view(len(x), *(1,) * (x.dim() - 2), -1)
+        s = self.spread_prior(context, x)
+        if context.records_next(slot):
+            with torch.no_grad():
+                context.record(slot, Routing(self.weights(shrink(x, self.weight), s)))
         factors = self.token_coef, self.prior_coef, self.gate_slope
         alpha, beta = Blend.apply(self.omega, self.magnitude, s, *factors)
         return Gate("diagonal" if self.rank1 else "matrix", self.weight, alpha, None if s is None else beta)
 
+    def spread_prior(self, context: RoutingContext, x: Tensor) -> Tensor | None:
+        """Returns the prior with as many dimensions as x: [B, 1, E]."""
+        s = self.prior(context, len(x))
+        return None if s is None else s.reshape(len(x), *(1,) * (x.dim() - 2), -1)
+
+    def weights(self, scores: Tensor, s: Tensor | None) -> Tensor:
+        """Returns g without its common factor m [B, S, E], of the scores [B, S, outputs] and the prior."""
+        omega = self.gates()[0]
+        g = self.token_coef * omega * self.probabilities(scores.to(self.weight.dtype))
+        return g if s is None else g + self.prior_coef * (1 - omega) * s
+
     def forward(self, x: Tensor, h: Tensor, scores: Tensor | None, context: RoutingContext, slot: str) -> Tensor:
         """Returns C: [B, S, r2, r1], or the diagonal [B, S, E] in rank-one mode."""
         assert scores is not None
-        omega, magnitude = self.gates()
-        g = self.token_coef * omega * self.probabilities(scores.to(self.weight.dtype))
-        s = self.prior(context, scores.shape[0])
-        if s is not None:
-            s = s.reshape(s.shape[0], *(1,) * (scores.dim() - 2), s.shape[-1])
-            g = g + self.prior_coef * (1 - omega) * s
+        g = self.weights(scores, self.spread_prior(context, x))
         context.record(slot, Routing(g))
-        g = magnitude * g
+        g = self.gates()[1] * g
         return g if self.rank1 else g.unflatten(-1, (self.r1, self.r2)).mT

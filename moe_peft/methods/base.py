@@ -17,6 +17,7 @@ from moe_peft.batch import IGNORE_INDEX, Batch
 from moe_peft.context import RoutingContext
 from moe_peft.data.tasks import TaskSpec
 from moe_peft.embedders import Embedder
+from moe_peft.fingerprint import fingerprint
 from moe_peft.kernels.gated import Kernels, check_kernels
 from moe_peft.layers.adapted import AdaptedLinear
 from moe_peft.layers.injection import inject, output_head
@@ -25,16 +26,17 @@ from moe_peft.layers.representation import Representation
 from moe_peft.methods import merging
 from moe_peft.methods.evaluation import EvaluationSteps
 from moe_peft.methods.heads import TaskHeads
+from moe_peft.methods.routing_hooks import RoutingHooks
 from moe_peft.methods.saving import AdapterSaving
 from moe_peft.methods.scoring import answer_nll, pooled_features
 from moe_peft.methods.training import LossMean, TrainingSteps
 from moe_peft.optim import LearningRates, WarmupDecay, WeightDecays, trained_parameters
 from moe_peft.predictions import Prediction, Ranking
-from moe_peft.quirks import HeadInput, offload_input, silence_dropout
+from moe_peft.quirks import HeadInput, entries, input_of, offload_input, silence_dropout
 from moe_peft.sharding import is_sharded, shard
 
 
-class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
+class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving, RoutingHooks):
     """Base of all methods: a frozen backbone, adapted linears, and the multitask loss.
 
     Args:
@@ -158,7 +160,7 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
     def assemble(self) -> None:
         """Loads the backbone and injects the adapters; a method that has more to build extends it."""
         model = self.backbone.load()
-        self.fingerprint = "" if next(model.parameters()).is_meta else self.backbone.fingerprint(model)
+        self.fingerprint = "" if next(model.parameters()).is_meta else fingerprint(model)
         head_inputs = self.backbone.hidden_size if isinstance(self.backbone, Classifier) else 0
         self.adapted = inject(model, self.targets, self.adapt)
         self.model = model
@@ -167,12 +169,11 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
             self.heads.requires_grad_(self.train_heads)
         if self.prior is not None:
             self.prior.bind(self.backbone, model, self.context)
+        for entry in entries(model):
+            entry.register_forward_pre_hook(self._check_input, with_kwargs=True)
         head = output_head(model)
         if head is not None:
             head.register_forward_pre_hook(HeadInput())
-        model.register_forward_pre_hook(self._check_input, with_kwargs=True)
-        if self.backbone.kind == "seq2seq":  # generate() calls the encoder past the model's own forward
-            model.get_encoder().register_forward_pre_hook(self._check_input, with_kwargs=True)  # type: ignore[operator]
         if self.backbone.gradient_checkpointing:
             checkpointing = {"use_reentrant": False, "context_fn": self.context.checkpoint_fns}
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -192,10 +193,8 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
         return self.model
 
     def _check_input(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        ids = args[0] if args else kwargs.get("input_ids")
-        cache = kwargs.get("past_key_values")
-        cached = kwargs.get("encoder_outputs") is not None or (cache is not None and cache.get_seq_length() > 0)
-        self.context.check_input(ids, kwargs.get("attention_mask"), cached)
+        ids, mask, cached = input_of(args, kwargs)
+        self.context.check_input(ids, mask, cached)
 
     def train(self, mode: bool = True) -> Self:
         """Sets the adapters' mode; the frozen backbone stays in eval mode (its own dropout is off)."""
@@ -240,9 +239,9 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
 
     # ---- forward and loss -------------------------------------------------------------------------------------------
 
-    def routed_tasks(self, batch: Batch) -> Tensor:
-        """Returns the task ids [B] that routers see: the rows' own."""
-        return batch["task_id"]
+    def routed_tasks(self, batch: Batch) -> Tensor | None:
+        """Returns the task ids [B] that routers see: the rows' own, if the batch names them."""
+        return batch.get("task_id")
 
     def head_tasks(self, batch: Batch) -> Tensor:
         """Returns the task ids [B] whose heads answer the rows of a batch in evaluation: the rows' own; -1 for none."""
@@ -257,7 +256,8 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving):
 
     def routing_facts(self, batch: Batch) -> dict[str, Tensor]:
         """Returns what routers may ask of the batch: facts [B, ...] by name."""
-        facts = {"task_id": self.routed_tasks(batch)} if "task_id" in batch else {}
+        tasks = self.routed_tasks(batch)
+        facts = {} if tasks is None else {"task_id": tasks}
         wanted = self.prior is not None and self.context.enabled
         if self.prior is not None and wanted and (self.prior.fitted or self.missing_prior == "error"):
             facts["prior"] = self.prior(batch)

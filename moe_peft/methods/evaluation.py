@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 ROUTED_AS = "as_task/"
 """In a prediction's routing: the task that a row was routed as, where that is not its own."""
-NOBODY = "none"
-"""Instead of a task, where no expert was good enough for a row."""
 CONFIDENCE = "confidence"
 """In a prediction's routing: how sure the router was that the row belongs to any expert."""
 NUMBER = re.compile(r"[-+]?\d*\.?\d+")

@@ -57,6 +57,7 @@ class MoRE(MultitaskModule):
         common: the arguments of `MultitaskModule`.
     """
 
+    task_decides: ClassVar[bool] = True
     default_rates: ClassVar[Mapping[str, float]] = {"routers": 1e-2}
     """At the adapters' rate the ranks stay where they start."""
 
@@ -118,6 +119,8 @@ class MoRE(MultitaskModule):
     def adapt(self, base: nn.Linear, slot: str) -> AdaptedLinear:
         """Dense factors of rank r, and this linear's rank selector."""
         device, tasks = base.weight.device, len(self.specs)
+        if self.task_embedding is not None:
+            self.task_embedding.to(device)
         selector = RankSelector(
             self.embedding_dim or base.in_features,
             nested_experts(self.expert_ranks, self.rank, tasks, self.scaling),
@@ -131,16 +134,21 @@ class MoRE(MultitaskModule):
         factors = DenseFactors(base.in_features, base.out_features, self.rank, self.rank, device)
         return AdaptedLinear(base, factors, selector, self.alpha / self.rank, self.dropout, self.context, slot)
 
-    def routed_tasks(self, batch: Batch) -> Tensor:
+    def routed_tasks(self, batch: Batch) -> Tensor | None:
         """Returns the rows of the task tables [B] that route a batch: the own task's, or for an unknown one another.
 
         Raises:
-            ValueError: a task id that there is not. -1 is an unknown task, in evaluation and where `unknown_task` says
-                what to do.
+            ValueError: rows without a task, or a task id that there is not. -1 is an unknown task, in evaluation and
+                where `unknown_task` says what to do.
         """
-        own = batch["task_id"]
+        own = batch.get("task_id")
         if not self.context.enabled:
             return own
+        if own is None:
+            raise ValueError(
+                "MoRE routes by task: the batch has no task_id; give every row the index of its task, or call it "
+                "within routing(tasks=...)"
+            )
         low, high = own.min().item(), own.max().item()
         lowest = 0 if self.training or self.unknown.how == "error" or self.heads is not None else -1
         if low < lowest or high >= len(self.specs):
@@ -194,6 +202,19 @@ class MoRE(MultitaskModule):
         with gathered(*selectors.values(), self.task_embedding):
             tables = {slot: each.start_ranks() if start else each.ranks() for slot, each in selectors.items()}
         return {slot: table.tolist()[: len(self.specs)] for slot, table in tables.items()}
+
+    def expert_names(self, layer: str, experts: int) -> list[str]:
+        """Names the nested experts by their ranks."""
+        return [f"r{rank}" for rank in self.expert_ranks]
+
+    @torch.no_grad()
+    def landmarks(self) -> list[tuple[str, str, Tensor]]:
+        """Returns every task's embedding: those of all linears side by side, each of length one."""
+        selectors = self.selectors().values()
+        with gathered(*selectors, self.task_embedding):
+            tables = [nn.functional.normalize(selector.task_embeddings(), dim=-1).cpu() for selector in selectors]
+        names = self.unknown.row_names
+        return [(name, "task", vector) for name, vector in zip(names, torch.cat(tables, -1), strict=True)]
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from moe_peft.data.tasks import TaskSpec
-from moe_peft.methods.evaluation import NOBODY, confusion
-from moe_peft.predictions import Prediction
+from moe_peft.methods.evaluation import confusion
+from moe_peft.predictions import NOBODY, Prediction
 
 
 def router_accuracy(specs: Sequence[TaskSpec], predictions: Sequence[Prediction]) -> dict[str, float]:

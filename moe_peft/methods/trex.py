@@ -116,14 +116,27 @@ class TRex(MultitaskModule):
         factors = DenseFactors(base.in_features, base.out_features, self.r1, self.r2, device)
         return AdaptedLinear(base, factors, router, self.scale, self.dropout, self.context, slot)
 
+    def expert_names(self, layer: str, experts: int) -> list[str]:
+        """Names pairs "i,j": input expert i with output expert j; in mode rank1 experts by their number."""
+        if self.rank1:
+            return super().expert_names(layer, experts)
+        return [f"{i},{j}" for i in range(self.r1) for j in range(self.r2)]
+
     @torch.no_grad()
-    def diagnostics(self) -> dict[str, float]:
-        """ω and m of every adapted linear; warns once about a linear whose m has fallen below 0.05."""
+    def routing_gates(self) -> dict[str, tuple[float, float]]:
+        """Returns ω and m of every adapted linear."""
         values = {}
         for slot, layer in self.adapted.items():
             assert isinstance(layer.router, JointRouter)
             with gathered(layer.router):
-                omega, magnitude = (gate.item() for gate in layer.router.gates())
+                omega, magnitude = layer.router.gates()
+                values[slot] = omega.item(), magnitude.item()
+        return values
+
+    def diagnostics(self) -> dict[str, float]:
+        """ω and m of every adapted linear; warns once about a linear whose m has fallen below 0.05."""
+        values = {}
+        for slot, (omega, magnitude) in self.routing_gates().items():
             values |= {f"omega/{slot}": omega, f"magnitude/{slot}": magnitude}
             if magnitude < SWITCHED_OFF and slot not in self._warned:
                 self._warned.add(slot)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from moe_peft.batch import Batch
+from moe_peft.context import Routing
 from moe_peft.embedders import Embedder, HiddenStates
 from moe_peft.embedders.base import exact
 from moe_peft.layers.expert_cache import NULL, ExpertCache
@@ -22,15 +23,17 @@ from moe_peft.layers.expert_router import ExpertRouter, LinearRouter
 from moe_peft.layers.experts import ExpertLinear
 from moe_peft.layers.factors import TensorTrainFactors, TrainInit
 from moe_peft.methods.base import MultitaskModule
-from moe_peft.methods.evaluation import CONFIDENCE, NOBODY
+from moe_peft.methods.evaluation import CONFIDENCE
 from moe_peft.methods.expert_clipping import clip_per_expert
 from moe_peft.methods.refusal import NO_LIMIT
 from moe_peft.methods.routing_report import router_accuracy, router_notes
 from moe_peft.methods.training import LossMean
 from moe_peft.methods.tt_lora import Shapes, check_shapes, layout_for
-from moe_peft.predictions import Prediction
+from moe_peft.predictions import NOBODY, Prediction
 
 MEGABYTE = 2**20
+EVERYWHERE = "all"
+"""Under which the one choice that serves all layers is recorded."""
 
 
 class TTLoRAMoE(MultitaskModule):
@@ -126,7 +129,7 @@ class TTLoRAMoE(MultitaskModule):
 
     @property
     def routes(self) -> bool:
-        """Whether rows go where the router sends them, rather than to their own tasks' experts."""
+        """Whether rows go where the router sends them, rather than to their own tasks' experts, if they name those."""
         if self.merged_task is not None or self.route_by_task:
             return False
         if self.training:
@@ -148,28 +151,38 @@ class TTLoRAMoE(MultitaskModule):
         """Returns the expert [B] of the largest of the scores [B, E]; -1 where the router is not sure of any."""
         return scores.argmax(-1).masked_fill(self.router.confidence(scores) < self.null_below, NULL)
 
-    def routed_tasks(self, batch: Batch) -> Tensor:
+    def routed_tasks(self, batch: Batch) -> Tensor | None:
         """Returns the expert [B] that serves each row; -1 is the bare base.
 
         Raises:
             ValueError: the router was asked for and never trained, or a task id that there is not.
         """
-        own, experts = batch["task_id"], len(self.specs)
+        own, experts = batch.get("task_id"), len(self.specs)
         if not self.context.enabled:
             return own
-        if own.min() < 0 or own.max() >= experts:
+        if own is not None and (own.min() < 0 or own.max() >= experts):
             wrong = next(task for task in own.tolist() if not 0 <= task < experts)
             raise ValueError(f"task_id: {wrong} is no task; the {experts} tasks are 0..{experts - 1}")
-        if not self.routes:
+        if own is not None and not self.routes:
             return own
         if not (self.training or self.router_trained):
-            raise ValueError("routing: the router was never trained; train it first, or use routing: oracle")
+            raise ValueError(
+                "routing: the router was never trained; train it first, or use routing: oracle with the rows' own tasks"
+            )
         self._scores = self.scores(batch)
         return self._scores.argmax(-1) if self.training else self.choose(self._scores)
 
+    def expert_names(self, layer: str, experts: int) -> list[str]:
+        """Names experts by their tasks; the last may be nobody."""
+        return [*(spec.name for spec in self.specs), NOBODY][:experts]
+
+    def prompt_vectors(self, batch: Batch) -> Tensor:
+        """Returns the router's features."""
+        return self.router.prepare(self.prompt_features(batch))
+
     def head_tasks(self, batch: Batch) -> Tensor:
         """The chosen expert's head answers."""
-        chosen = self.context.get("task_id", len(batch["row_id"]))
+        chosen = self.context.get("task_id", len(batch["input_ids"]))
         return batch["task_id"] if chosen is None else chosen
 
     def routing_facts(self, batch: Batch) -> dict[str, Tensor]:
@@ -186,6 +199,9 @@ class TTLoRAMoE(MultitaskModule):
             facts["weight"] = 1 + (chosen - chosen.detach())  # exactly 1
         elif self._scores is not None:
             facts[CONFIDENCE] = self.router.confidence(self._scores)
+        if self._scores is not None and self.context.observed:
+            weights = self.router.weights(self._scores, facts["task_id"], bool(self.null_below > NO_LIMIT))
+            self.context.record(EVERYWHERE, Routing(weights.unsqueeze(1)))
         assert self.cache is not None
         # None where experts learn, too: all is forgotten there.
         line = None if self.merged_task is not None else self.cache.lines(facts["task_id"])

@@ -119,7 +119,7 @@ def test_a_model_that_is_cast_or_called_without_a_batch_is_served_anew():
 
 
 @EVERY
-def test_what_is_recorded_comes_from_the_routers_own_forward(name):
+def test_recording_sees_every_linear_and_changes_nothing(name):
     module, batch = made(name).eval(), random_batch()
     module.context.recording = True
     with torch.no_grad():
