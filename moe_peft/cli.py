@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -26,14 +27,18 @@ from moe_peft.callbacks import (
     predictions,
     rank_report,
     results,
+    routing_report,
     semantic_prior,
+    start,
     task_contrast,
     transfer,
 )
 from moe_peft.callbacks.guards import Guards
 from moe_peft.callbacks.preemption import Preemption
-from moe_peft.callbacks.progress import PlainProgress
+from moe_peft.callbacks.progress import Progress
 from moe_peft.callbacks.resume import ExactResume
+from moe_peft.callbacks.summary import Summary
+from moe_peft.callbacks.task_losses import TaskLosses
 from moe_peft.checkpoint import LOCATION, TRAINING, conflicts, read_checkpoint
 from moe_peft.data import module as data_module
 from moe_peft.loggers import MetricsCSV
@@ -42,7 +47,18 @@ from moe_peft.methods.base import MultitaskModule
 from moe_peft.resumption import checkpoint_files, read_first_whole
 
 # Imported so that their classes are known to the configuration by bare name.
-CALLBACKS = (ablation, confusion, freeze_then_route, null_expert, rank_report, semantic_prior, task_contrast, transfer)
+CALLBACKS = (
+    ablation,
+    confusion,
+    freeze_then_route,
+    null_expert,
+    rank_report,
+    routing_report,
+    semantic_prior,
+    start,
+    task_contrast,
+    transfer,
+)
 NAMED = (*counting.NAMED, *CALLBACKS, strategies)
 # Precisions that were tried with fsdp2.
 SHARDED = ("None", "32-true", "32", "bf16-mixed", "bf16")
@@ -153,6 +169,11 @@ class CLI(LightningCLI):
             folder = str(trainer.default_root_dir)
             board = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
             kwargs["logger"] = [MetricsCSV(folder), board] if self.config.subcommand == "fit" else False
+        callbacks = self._get(self.config_init, "trainer.callbacks") or []
+        callbacks = [callbacks] if isinstance(callbacks, Callback) else callbacks
+        if not any(isinstance(callback, routing_report.RoutingReport) for callback in callbacks):
+            callbacks = [*callbacks, routing_report.RoutingReport()]
+        kwargs["callbacks"], kwargs["enable_progress_bar"] = with_progress(callbacks, trainer.enable_progress_bar)
         return super().instantiate_trainer(**kwargs)
 
     def instantiate_classes(self) -> None:
@@ -175,6 +196,26 @@ class CLI(LightningCLI):
             return
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False)
+
+
+def with_progress(callbacks: list[Callback], wanted: bool | None) -> tuple[list[Callback], bool]:
+    """Adds our progress to a configuration's callbacks that have neither it nor a bar of Lightning's kind.
+
+    Args:
+        callbacks: those of the configuration.
+        wanted: `trainer.enable_progress_bar`; not if false. Whether there is a terminal is found out where it runs.
+
+    Returns:
+        The callbacks, and whether the trainer is to have a bar of Lightning's kind.
+    """
+    if any(isinstance(callback, ProgressBar) for callback in callbacks):
+        return callbacks, wanted is not False
+    if not any(isinstance(callback, Progress) for callback in callbacks):
+        callbacks = [*callbacks, Progress()]
+    for callback in callbacks:
+        if isinstance(callback, Progress):
+            callback.bar = wanted is not False
+    return callbacks, False
 
 
 def refuse_unsupported(trainer: Any) -> None:
@@ -246,14 +287,13 @@ def run(arguments: list[str]) -> CLI:
             auto_configure_optimizers=False,
             seed_everything_default=0,
             trainer_defaults={
-                "callbacks": [Guards(), ExactResume(), PlainProgress(), Preemption()],
+                "callbacks": [Guards(), ExactResume(), TaskLosses(), Preemption(), Summary()],
                 "use_distributed_sampler": False,
                 "default_root_dir": "runs/default",
                 "gradient_clip_val": 1.0,
                 "log_every_n_steps": 10,
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
-                "enable_progress_bar": sys.stdout.isatty(),
             },
             args=arguments,
         )

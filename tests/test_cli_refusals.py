@@ -77,6 +77,11 @@ def test_a_batch_size_that_does_not_divide(refused):  # noqa: F811
     assert "batch_size=8 (global) must divide by 1 ranks x 3 accumulation steps; use 6 or 9" in line
 
 
+def test_a_schedule_that_only_time_ends(refused):  # noqa: F811
+    line = refused(trainer={"max_epochs": None, "max_time": "00:01:00:00"})
+    assert "WarmupDecay must know the last step" in line and "trainer.max_steps or trainer.max_epochs" in line
+
+
 def test_a_backbone_that_is_not_there(refused):  # noqa: F811
     line = refused(model={"backbone": {"class_path": "CausalLM", "init_args": {"name": "/nowhere/model"}}})
     assert "backbone '/nowhere/model' cannot be read" in line and "give a local folder" in line

@@ -41,6 +41,8 @@ def test_a_fit_fills_its_run_folder(whole):  # noqa: F811
         "results.md",
         "predictions.jsonl",
         "routing/prior_clusters.csv",
+        *(f"routing/{name}.csv" for name in ("clusters", "embedding", "gates", "summary", "use")),
+        "routing/findings.json",
         "rows.jsonl",
     }
     assert any(name.startswith("tensorboard/events") for name in files(whole))

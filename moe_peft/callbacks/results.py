@@ -166,7 +166,6 @@ class Results(Callback):
         folder = Path(trainer.default_root_dir)
         write_text(folder / f"results{suffix}.json", json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
         write_text(folder / f"results{suffix}.md", report.to_markdown())
-        print(f"Written to {folder / f'results{suffix}.md'} and .json.")
         if self.save_predictions:
             names = [spec.name for spec in module.specs]
             lines = [row.to_json(module.ranking, names[row.task]) + "\n" for row in model]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_peft.agreement import from_all_ranks
 from moe_peft.batch import Batch
+from moe_peft.methods.step_facts import StepFacts, pack
 from moe_peft.optim import WarmupDecay, optimizer_groups, parameter_groups
 from moe_peft.sharding import local
 
@@ -39,21 +40,28 @@ class TrainingSteps(Part):
 
     closed_groups: frozenset[str] = frozenset()
     """Parameter groups that the present stage of training leaves as they are (a callback sets it; see `GROUPS`)."""
+    row_loss: Tensor | None = None
+    """[B] the rows' own losses in the running step, detached; None where it has no task loss."""
+    facts: StepFacts
+    """What the last micro-batch was, over all ranks."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Task loss plus every term of the method and of the callbacks; each is logged as `train/<name>`."""
         module = self._module()
         module.begin(batch)
+        self.row_loss = None
         terms = module.step_losses(batch)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "loss_terms"):
                 terms |= callback.loss_terms(module, batch)
         loss: Tensor = sum(terms.values(), start=torch.zeros((), device=batch["input_ids"].device))
         loss = loss + untouched(module, self.closed_groups)
-        rows, mean = len(batch["row_id"]), self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
-        if not torch.isfinite(mean):  # which every rank sees, so that none waits for another
+        rows, packed = len(batch["row_id"]), pack(module, loss, self.row_loss, batch)
+        packed = self.trainer.strategy.reduce(packed, reduce_op="mean")
+        self.facts = StepFacts.of(packed.tolist(), self.trainer.world_size)
+        if not math.isfinite(self.facts.loss):  # which every rank sees, so that none waits for another
             raise ValueError(f"the loss is not finite at step {self.global_step}: {not_finite(module, loss, batch)}")
-        self.log("train/loss", mean, prog_bar=True, batch_size=rows)
+        self.log("train/loss", packed[0], prog_bar=True, batch_size=rows)
         for name, part in terms.items() if len(terms) > 1 else ():
             self.log(f"train/{name}", part.detach(), batch_size=rows, sync_dist=True)
         return loss
@@ -71,7 +79,13 @@ class TrainingSteps(Part):
             return optimizer
         scheduler = module.scheduler(optimizer)
         if isinstance(scheduler, WarmupDecay):
-            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+            total = self.trainer.estimated_stepping_batches
+            if math.isinf(total):
+                raise ValueError(
+                    "scheduler: WarmupDecay must know the last step, which trainer.max_time alone does not tell; give "
+                    "trainer.max_steps or trainer.max_epochs too, or scheduler: null"
+                )
+            scheduler.set_total_steps(int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -86,6 +100,7 @@ def not_finite(module: "MultitaskModule", loss: Tensor, batch: Batch) -> str:
 def task_loss(module: "MultitaskModule", batch: Batch) -> Tensor:
     """Returns this rank's share of the task loss, which the gradient's mean over ranks and accumulation makes whole."""
     means, sums = module.row_losses(batch)
+    module.row_loss = means.detach()
     if module.loss_mean == "row":
         return means.sum() / batch["rows_share"]
     if module.loss_mean == "token":
