@@ -183,13 +183,13 @@ class TaskFolder(TaskSource):
     def require(self, splits: Sequence[Split]) -> None:
         """Looks for the splits' files."""
         for split in splits:
-            self._file(split)
+            self.file(split)
 
     def _label_names(self, description: dict[str, Any]) -> tuple[str, ...]:
         if "choices" in description:
             return tuple(description["choices"])
         present = next((file for split in SPLITS if (file := self._find(split))), None)
-        first = next(read_rows(present or self._file("train")), {})
+        first = next(read_rows(present or self.file("train")), {})
         return tuple(first.get("choices") or ())
 
     def _read_description(self) -> dict[str, Any]:
@@ -211,13 +211,18 @@ class TaskFolder(TaskSource):
         return description
 
     def _read_rows(self, split: Split) -> list[Row]:
-        return list(read_rows(self._file(split)))
+        return list(read_rows(self.file(split)))
 
     def _find(self, split: Split) -> Path | None:
         files = (self.path / name for name in (f"{split}.jsonl", f"{split}.jsonl.gz"))
         return next((file for file in files if file.is_file()), None)
 
-    def _file(self, split: Split) -> Path:
+    def file(self, split: Split) -> Path:
+        """Returns the file of a split's rows.
+
+        Raises:
+            ValueError: there is none.
+        """
         file = self._find(split)
         if file is None:
             raise ValueError(

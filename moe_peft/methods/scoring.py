@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, L answer tokens kept, V vocabulary, D hidden.
 import contextlib
 import inspect
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,19 @@ from moe_peft.sharding import enter, is_sharded
 
 CHUNK = 256
 """Tokens whose fp32 logits are held at once while scoring."""
+
+
+class AnswerLogits(NamedTuple):
+    """What a model gives where the N answer tokens of a batch are predicted."""
+
+    logits: Tensor
+    """[N, V] in the model's dtype."""
+    targets: Tensor
+    """[N] the tokens."""
+    rows: Tensor
+    """[N] whose they are."""
+    columns: Tensor
+    """[N] where they stand."""
 
 
 @cache
@@ -47,12 +61,8 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(parts) if parts else logits.new_zeros(0, dtype=torch.float32)
 
 
-def answer_nll(backbone: Backbone, model: nn.Module, batch: Batch) -> Tensor:
-    """Negative log-likelihood of every answer token.
-
-    Returns:
-        [B, S] (seq2seq: [B, L]) fp32, zero at prompt and padding.
-    """
+def answer_logits(backbone: Backbone, model: nn.Module, batch: Batch) -> AnswerLogits:
+    """Returns the logits of every answer token; its columns are those of `labels`."""
     labels, mask = batch["labels"], batch["attention_mask"]
     rows, columns = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
     if backbone.kind == "seq2seq":
@@ -61,8 +71,18 @@ def answer_nll(backbone: Backbone, model: nn.Module, batch: Batch) -> Tensor:
     else:
         before = columns - 1 - labels.shape[1]
         logits = causal_logits(model, batch["input_ids"], mask, position_ids(mask), rows, before)
-    nll = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
-    return nll.index_put((rows, columns), token_nll(logits, labels[rows, columns]))
+    return AnswerLogits(logits, labels[rows, columns], rows, columns)
+
+
+def answer_nll(backbone: Backbone, model: nn.Module, batch: Batch) -> Tensor:
+    """Negative log-likelihood of every answer token.
+
+    Returns:
+        [B, S] (seq2seq: [B, L]) fp32, zero at prompt and padding.
+    """
+    found = answer_logits(backbone, model, batch)
+    nll = torch.zeros(batch["labels"].shape, dtype=torch.float32, device=found.logits.device)
+    return nll.index_put((found.rows, found.columns), token_nll(found.logits, found.targets))
 
 
 def causal_logits(
@@ -96,8 +116,8 @@ def option_scores(backbone: Backbone, model: nn.Module, batch: Batch) -> list[li
     return [part.tolist() for part in (-answer_nll(backbone, model, batch).sum(1)).split(sizes)]
 
 
-def packed_option_scores(model: nn.Module, batch: Batch) -> Tensor:
-    """Scores options that lie side by side behind their prompt: [B, K], K the most options of a row.
+def packed_logits(model: nn.Module, batch: Batch) -> AnswerLogits:
+    """Returns the logits of the tokens of options that lie side by side behind their prompt.
 
     The prompt is computed once: a block mask lets every option see the prompt and itself, and positions count only
     what a token sees, so each option's scores are those of its own sequence.
@@ -114,9 +134,15 @@ def packed_option_scores(model: nn.Module, batch: Batch) -> Tensor:
     rows, columns = (option > 0).nonzero(as_tuple=True)
     source = before.amax(-1)[rows, columns] - ids.shape[1]
     logits = causal_logits(model, ids, mask.unsqueeze(1), positions, rows, source)
-    scores = torch.zeros(ids.shape[0], int(option.max()), device=ids.device)
-    likelihood = -token_nll(logits, ids[rows, columns])
-    return scores.index_put((rows, option[rows, columns] - 1), likelihood, accumulate=True)
+    return AnswerLogits(logits, ids[rows, columns], rows, columns)
+
+
+def packed_option_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """Scores options that lie side by side behind their prompt: [B, K], K the most options of a row."""
+    found, option = packed_logits(model, batch), batch["option_of"]
+    scores = torch.zeros(len(option), int(option.max()), device=option.device)
+    place = found.rows, option[found.rows, found.columns] - 1
+    return scores.index_put(place, -token_nll(found.logits, found.targets), accumulate=True)
 
 
 def pooled_features(backbone: Classifier, model: nn.Module, batch: Batch) -> Tensor:
