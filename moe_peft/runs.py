@@ -1,4 +1,4 @@
-"""A trained module out of its checkpoint alone: no data, no trainer, no configuration file."""
+"""A trained module out of its checkpoint or adapter folder alone: no data, no trainer, no configuration file."""
 
 from pathlib import Path
 from typing import Any
@@ -8,27 +8,30 @@ from jsonargparse import ArgumentError
 from moe_peft.checkpoint import read_checkpoint
 from moe_peft.counting import model_parser
 from moe_peft.data.tasks import TaskSpec
+from moe_peft.interop.adapter_folder import ABOUT, is_adapter_folder, read_adapter
 from moe_peft.messages import one_line
 from moe_peft.methods.base import MultitaskModule
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Returns the checkpoint file that a path means.
+    """Returns the checkpoint that a path means.
 
     Args:
-        path: a checkpoint, or a run's folder: its best checkpoint, or the last one where there is no best.
+        path: a checkpoint, a run's folder (its best checkpoint, or the last one where there is no best), or an exported
+            adapter's folder.
 
     Raises:
         ValueError: a folder without checkpoints.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not path.is_dir() or is_adapter_folder(path):
         return path
     files = [path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
     found = [file for file in files if file.is_file()]
     if not found:
         raise ValueError(
-            f"checkpoint: '{path}' holds no checkpoints/best.ckpt or last.ckpt; give a run or a checkpoint"
+            f"checkpoint: '{path}' holds no checkpoints/best.ckpt or last.ckpt, and no {ABOUT}; give a run, a "
+            "checkpoint or an exported adapter"
         )
     return found[0]
 
@@ -37,15 +40,28 @@ def load_module(checkpoint: str | Path, backbone: str | None = None) -> Multitas
     """Rebuilds a trained module, in eval mode, on the CPU.
 
     Args:
-        checkpoint: a checkpoint file, or a run's folder (see `find_checkpoint`).
+        checkpoint: a checkpoint file, a run's folder or an adapter's (see `find_checkpoint`).
         backbone: where the backbone's files lie on this machine, if not where they lay in training.
 
     Raises:
         ValueError: no checkpoint, one that cannot stand alone, or another backbone than it was trained on.
     """
     path = find_checkpoint(checkpoint)
-    content = read_checkpoint(path, "checkpoint")
-    module = untrained(path, content, backbone)
+    content = read_saved(path)
+    return fill(untrained(path, content, backbone), content)
+
+
+def read_saved(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint file, or an adapter's folder as if it were one."""
+    return read_adapter(path) if path.is_dir() else read_checkpoint(path, "checkpoint")
+
+
+def fill(module: MultitaskModule, content: dict[str, Any]) -> MultitaskModule:
+    """Gives an untrained module what a checkpoint of it holds, in eval mode.
+
+    Raises:
+        ValueError: another backbone than it was trained on.
+    """
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"])
     return module.eval()

@@ -32,8 +32,12 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file, as fp32.
+def read_tensors(file: Path, as_stored: bool = False) -> dict[str, Tensor]:
+    """Reads a safetensors file.
+
+    Args:
+        file: the file.
+        as_stored: keep the tensors' dtypes; else all become fp32.
 
     Raises:
         ValueError: no such file, a truncated one, or a value that is not finite.
@@ -47,4 +51,4 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"'{file}': {name} holds values that are not finite; export it again from a sound run")
-    return {name: tensor.float() for name, tensor in tensors.items()}
+    return tensors if as_stored else {name: tensor.float() for name, tensor in tensors.items()}

@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_peft.backbones import Classifier
 from moe_peft.interop.files import read_json, read_tensors, write_json
 from moe_peft.methods.base import MultitaskModule
+from moe_peft.sharding import edited
 
 
 class Head(NamedTuple):
@@ -66,3 +67,34 @@ def read_head(folder: Path) -> tuple[str, Head] | None:
         return about["task"], head
     except (KeyError, TypeError) as error:
         raise ValueError(f"'{file}' lacks {error} or describes no head; export the folder again") from None
+
+
+def check_head(module: MultitaskModule, head: Head, task: int, where: str) -> None:
+    """Refuses a head that does not fit a classifier's task; changes nothing.
+
+    Args:
+        module: built, on a classifier.
+        head: what was read.
+        task: the id of the task whose head it shall be.
+        where: what to call it.
+
+    Raises:
+        ValueError: another pooling, or another size.
+    """
+    assert module.heads is not None and isinstance(module.backbone, Classifier)
+    if head.pooling != module.backbone.pooled_by:
+        raise ValueError(
+            f"{where} pools by {head.pooling!r}, the backbone here by {module.backbone.pooled_by!r}; set it so"
+        )
+    shape = module.heads.outputs[task], module.heads.linear.in_features
+    if tuple(head.weight.shape) != shape or tuple(head.bias.shape) != shape[:1]:
+        raise ValueError(f"{where}: its head has shape {[*head.weight.shape]}, not {[*shape]}; another base")
+
+
+def install_head(module: MultitaskModule, head: Head, task: int) -> None:
+    """Copies a head that fits into a task's rows; the other heads stay as they are."""
+    assert module.heads is not None
+    rows = module.heads.owner == task
+    for own, given in ((module.heads.linear.weight, head.weight), (module.heads.linear.bias, head.bias)):
+        with edited(own) as value:
+            value[rows] = given.to(value)

@@ -11,12 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_peft.backbones import Classifier
 from moe_peft.interop.experts import ABOUT, Expert, read_expert
-from moe_peft.interop.heads import Head
+from moe_peft.interop.fit import refuse_other_base, refuse_other_linears, refuse_unfit
+from moe_peft.interop.heads import check_head, install_head
+from moe_peft.interop.hub import local_folder
 from moe_peft.interop.lora_import import CONFIG, Lora, read_lora
 from moe_peft.layers.factors import TensorTrainFactors
+from moe_peft.methods.base import MultitaskModule
 from moe_peft.methods.merging import merged_layers
+from moe_peft.methods.tt_lora import TTLoRA
 from moe_peft.methods.tt_lora_moe import TTLoRAMoE
 from moe_peft.sharding import edited
 
@@ -45,15 +48,19 @@ class Installed(NamedTuple):
 def read_any(folder: str | Path) -> Expert | Lora:
     """Reads an expert of our own or a LoRA in PEFT's files.
 
+    Args:
+        folder: where it lies, or its id on a hub.
+
     Raises:
         ValueError: no such folder, neither of the two, or see `read_expert` and `read_lora`.
     """
-    folder = Path(folder).expanduser()
+    folder = local_folder(folder)
     for file, reader in ((ABOUT, read_expert), (CONFIG, read_lora)):
         if (folder / file).is_file():
             return reader(folder)
-    state = f"holds neither {ABOUT} nor {CONFIG}" if folder.is_dir() else "is no folder"
-    raise ValueError(f"'{folder}' {state}; name one that tools/export.py --to expert or PEFT wrote")
+    raise ValueError(
+        f"'{folder}' holds neither {ABOUT} nor {CONFIG}; name one that tools/export.py --to expert or PEFT wrote"
+    )
 
 
 def collect(folders: Sequence[str | Path], tasks: Sequence[str]) -> list[Expert | Lora]:
@@ -91,51 +98,35 @@ def check(module: TTLoRAMoE, expert: Expert | Lora, task_id: int) -> None:
             is above the mixture's, other classes or pooling, or a head that is there on one side only.
     """
     where = f"expert '{expert.folder}'"
-    if expert.fingerprint not in (None, module.fingerprint):
-        of = expert.backbone if isinstance(expert, Expert) else expert.base
-        raise ValueError(
-            f"{where} is of another base: fingerprint {expert.fingerprint}, here {module.fingerprint}; configure its "
-            f"backbone, {of}"
-        )
+    of = expert.backbone if isinstance(expert, Expert) else expert.base
+    refuse_other_base(module, expert.fingerprint, of, where)
     if merged_layers(module):
         raise ValueError(f"{where} cannot be taken into a merged model; call unmerge() first")
     if module.alpha == 0:
         raise ValueError(f"{where} cannot be taken in where alpha is 0; give the mixture another alpha")
-    own = expert.layouts if isinstance(expert, Expert) else expert.updates
-    foreign = [slot for slot in own if slot not in module.adapted]
-    if foreign:
-        raise ValueError(
-            f"{where} adapts {foreign[0]}, which the mixture does not; set targets so that it does, or, if its "
-            "backbone has no linear of that name, train the expert on that kind of backbone"
-        )
-    missing = [slot for slot in module.adapted if slot not in own]
-    if missing and isinstance(expert, Expert):
-        raise ValueError(f"{where} does not adapt {missing[0]}, which the mixture does; set targets as it had them")
-    for slot in own:
-        _check_linear(module, expert, slot, where)
+    if isinstance(expert, Lora):
+        refuse_unfit(module, expert, where)
+    else:
+        _check_cores(module, expert, where)
     _check_task(module, expert, task_id, where)
 
 
-def _check_linear(module: TTLoRAMoE, expert: Expert | Lora, slot: str, where: str) -> None:
-    layer = module.adapted[slot]
-    factors = layer.factors
-    assert isinstance(factors, TensorTrainFactors)
-    if isinstance(expert, Lora):
-        update = expert.updates[slot]
-        sizes, here = (update.a.shape[1], len(update.b)), (layer.in_features, layer.out_features)
-        if sizes != here:
+def _check_cores(module: TTLoRAMoE, expert: Expert, where: str) -> None:
+    refuse_other_linears(module, expert.layouts, where)
+    missing = [slot for slot in module.adapted if slot not in expert.layouts]
+    if missing:
+        raise ValueError(f"{where} does not adapt {missing[0]}, which the mixture does; set targets as it had them")
+    for slot, layout in expert.layouts.items():
+        here = _factors(module, slot).layout
+        if layout != here:
             raise ValueError(
-                f"{where}: {slot} is {sizes[0]}x{sizes[1]} there and {here[0]}x{here[1]} here; another base"
+                f"{where}: {slot} has modes {[*layout.inputs]} and {[*layout.outputs]}, the mixture {[*here.inputs]} "
+                f"and {[*here.outputs]}; give the mixture its shapes"
             )
-        return
-    layout, here = expert.layouts[slot], factors.layout
-    if layout != here:
-        raise ValueError(
-            f"{where}: {slot} has modes {[*layout.inputs]} and {[*layout.outputs]}, the mixture {[*here.inputs]} and "
-            f"{[*here.outputs]}; give the mixture its shapes"
-        )
-    if any(there > here for there, here in zip(layout.ranks(expert.rank), layout.ranks(module.rank), strict=True)):
-        raise ValueError(f"{where} has rank {expert.rank}, the mixture {module.rank}; build it with rank {expert.rank}")
+        if any(there > own for there, own in zip(layout.ranks(expert.rank), layout.ranks(module.rank), strict=True)):
+            raise ValueError(
+                f"{where} has rank {expert.rank}, the mixture {module.rank}; build it with rank {expert.rank}"
+            )
 
 
 def _check_task(module: TTLoRAMoE, expert: Expert | Lora, task_id: int, where: str) -> None:
@@ -149,16 +140,8 @@ def _check_task(module: TTLoRAMoE, expert: Expert | Lora, task_id: int, where: s
             f"{where} is of {of.kind} with classes {[*of.choices]}, task {spec.name!r} of {spec.kind} with "
             f"{[*spec.choices]}; give the same classes"
         )
-    if head is None or module.heads is None:
-        return
-    assert isinstance(module.backbone, Classifier)
-    if head.pooling != module.backbone.pooled_by:
-        raise ValueError(
-            f"{where} pools by {head.pooling!r}, the backbone here by {module.backbone.pooled_by!r}; set it so"
-        )
-    shape = module.heads.outputs[task_id], module.heads.linear.in_features
-    if tuple(head.weight.shape) != shape or tuple(head.bias.shape) != shape[:1]:
-        raise ValueError(f"{where}: its head has shape {[*head.weight.shape]}, not {[*shape]}; another base")
+    if head is not None:
+        check_head(module, head, task_id, where)
 
 
 @torch.no_grad()
@@ -182,7 +165,7 @@ def install(module: TTLoRAMoE, expert: Expert | Lora, task_id: int) -> Installed
     else:
         done = _install_cores(module, expert, task_id)
     if expert.head is not None:
-        _install_head(module, expert.head, task_id)
+        install_head(module, expert.head, task_id)
     return done
 
 
@@ -197,20 +180,45 @@ def _install_cores(module: TTLoRAMoE, expert: Expert, task_id: int) -> Installed
 
 
 def _install_lora(module: TTLoRAMoE, lora: Lora, task_id: int) -> Installed:
-    errors, squares = {}, {}
+    errors = compress_into(module, lora, task_id)
+    return Installed(lora.folder, module.specs[task_id].name, errors, whole_error(lora, errors), notes_on(module, lora))
+
+
+def compress_into(module: TTLoRAMoE | TTLoRA, lora: Lora, expert: int | None = None) -> dict[str, float]:
+    """Makes tensor trains what TT-SVD leaves of a LoRA that fits; linears that it lacks get no update.
+
+    Args:
+        module: built.
+        lora: what was read.
+        expert: whose trains, where there are several.
+
+    Returns:
+        The relative error by linear.
+    """
+    errors = {}
     for slot, (a, b, scale) in lora.updates.items():
-        errors[slot] = _factors(module, slot).set_update(a, b * (scale / module.alpha), task_id)
-        squares[slot] = scale**2 * _square(a, b)
-    lacking = [slot for slot in module.adapted if slot not in lora.updates]
-    for slot in lacking:
+        errors[slot] = _factors(module, slot).set_update(a, b * (scale / module.alpha), expert)
+    for slot in [slot for slot in module.adapted if slot not in lora.updates]:
         with edited(_factors(module, slot).cores[-1]) as value:
-            value[task_id] = 0
-    notes = [f"{len(lacking)} linears that it lacks get no update, first {lacking[0]}"] if lacking else []
+            (value if expert is None else value[expert]).zero_()
+    return errors
+
+
+def notes_on(module: MultitaskModule, lora: Lora) -> list[str]:
+    """Returns what a user should know of a LoRA that was taken in."""
+    lacking, notes = [slot for slot in module.adapted if slot not in lora.updates], []
+    if lacking:
+        notes.append(f"{len(lacking)} linears that it lacks get no update, first {lacking[0]}")
     if lora.base and lora.base != module.backbone.name:
         notes.append(f"it calls its base {lora.base!r}, the backbone here is {module.backbone.name!r}")
+    return notes
+
+
+def whole_error(lora: Lora, errors: dict[str, float]) -> float:
+    """Returns the relative error of all linears together (Frobenius) from those of each."""
+    squares = {slot: scale**2 * _square(a, b) for slot, (a, b, scale) in lora.updates.items()}
     total = sum(squares.values())
-    error = math.sqrt(sum(errors[slot] ** 2 * own for slot, own in squares.items()) / total) if total else 0.0
-    return Installed(lora.folder, module.specs[task_id].name, errors, error, notes)
+    return math.sqrt(sum(errors[slot] ** 2 * own for slot, own in squares.items()) / total) if total else 0.0
 
 
 def _square(a: Tensor, b: Tensor) -> float:
@@ -219,15 +227,7 @@ def _square(a: Tensor, b: Tensor) -> float:
     return ((b.mT @ b) * (a @ a.mT)).sum().item()
 
 
-def _install_head(module: TTLoRAMoE, head: Head, task_id: int) -> None:
-    assert module.heads is not None
-    rows = module.heads.owner == task_id
-    for own, given in ((module.heads.linear.weight, head.weight), (module.heads.linear.bias, head.bias)):
-        with edited(own) as value:
-            value[rows] = given.to(value)
-
-
-def _factors(module: TTLoRAMoE, slot: str) -> TensorTrainFactors:
+def _factors(module: MultitaskModule, slot: str) -> TensorTrainFactors:
     factors = module.adapted[slot].factors
     assert isinstance(factors, TensorTrainFactors)
     return factors

@@ -4,16 +4,18 @@ Every linear's update is scale * B A; scale = alpha / r, or alpha / sqrt(r) for 
 than that (other tensors, other rules of the forward, a base that was changed before training) is refused.
 """
 
-import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from moe_peft.interop.files import read_json, read_tensors
 from moe_peft.interop.heads import Head, read_head
+from moe_peft.interop.hub import local_folder
 from moe_peft.interop.peft import LowRank
+from moe_peft.layers.peft_names import by_pattern, scale_of
 
 CONFIG, TENSORS, RANKS = "adapter_config.json", "adapter_model.safetensors", "rank_table.json"
 VARIANTS = (
@@ -32,23 +34,33 @@ class Lora(NamedTuple):
     """Where it lies."""
     task: str
     """By the head or the rank table that our own exports have beside it, else the folder's name."""
-    base: str | None
-    """What the file calls its base model."""
     fingerprint: str | None
     """Of the frozen backbone, where the rank table of our own exports gives it."""
     updates: dict[str, LowRank]
     """By linear."""
     head: Head | None
     """Our own exports have one beside them, where the backbone is a classifier."""
+    config: dict[str, Any]
+    """The content of adapter_config.json."""
+    dtype: torch.dtype
+    """Of the tensors in the file; here they are fp32."""
+
+    @property
+    def base(self) -> str | None:
+        """What the file calls its base model."""
+        return self.config.get("base_model_name_or_path")
 
 
 def read_lora(folder: str | Path) -> Lora:
     """Reads a folder that PEFT (`save_pretrained`) or `export_peft` wrote.
 
+    Args:
+        folder: where it lies, or its id on a hub.
+
     Raises:
         ValueError: no such folder, truncated files, a value that is not finite, or an adapter that is no plain LoRA.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     config = read_json(folder / CONFIG)
     _refuse_variants(folder / CONFIG, config)
     file = folder / TENSORS
@@ -57,7 +69,7 @@ def read_lora(folder: str | Path) -> Lora:
             f"'{folder}' holds a pickled adapter_model.bin, which is never read; convert it to safetensors"
         )
     halves: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in read_tensors(file).items():
+    for name, tensor in read_tensors(file, as_stored=True).items():
         found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
         if found is None or tensor.dim() != 2:
             raise ValueError(
@@ -69,7 +81,8 @@ def read_lora(folder: str | Path) -> Lora:
     updates = {slot: _update(folder / CONFIG, config, slot, own) for slot, own in halves.items()}
     table = read_json(folder / RANKS) if (folder / RANKS).is_file() else {}
     task, head = read_head(folder) or (table.get("task", folder.absolute().name), None)
-    return Lora(folder, task, config.get("base_model_name_or_path"), table.get("fingerprint"), updates, head)
+    dtype = next(iter(next(iter(halves.values())).values())).dtype
+    return Lora(folder, task, table.get("fingerprint"), updates, head, config, dtype)
 
 
 def _refuse_variants(file: Path, config: dict[str, Any]) -> None:
@@ -91,20 +104,13 @@ def _update(file: Path, config: dict[str, Any], slot: str, halves: dict[str, Ten
             f"'{file.parent / TENSORS}': {slot} has only lora_{next(iter(halves))}; export the folder again"
         )
     try:
-        rank, alpha = _setting(config, "rank_pattern", "r", slot), _setting(config, "alpha_pattern", "lora_alpha", slot)
-        scale = float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        rank = by_pattern(config.get("rank_pattern"), config["r"], slot)
+        alpha = by_pattern(config.get("alpha_pattern"), config["lora_alpha"], slot)
+        scale = float(scale_of(alpha, rank, bool(config.get("use_rslora"))))
     except (KeyError, TypeError, AttributeError, ZeroDivisionError, ValueError, re.error) as error:
         raise ValueError(f"'{file}' gives no rank and alpha for {slot} ({error!r}); export the folder again") from None
-    a, b = halves["A"], halves["B"]
+    a, b = halves["A"].float(), halves["B"].float()
     if not len(a) == b.shape[1] == rank:
         shapes = f"{list(a.shape)} and {list(b.shape)}"
         raise ValueError(f"'{file}': {slot} has rank {rank}, but its A and B are {shapes}; export the folder again")
     return LowRank(a, b, scale)
-
-
-def _setting(config: dict[str, Any], pattern: str, default: str, slot: str) -> float:
-    """Returns a linear's rank or alpha by PEFT's rule: the first pattern that the end of its name matches."""
-    for key, own in (config.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", slot):
-            return own
-    return config[default]

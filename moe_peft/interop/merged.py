@@ -8,6 +8,7 @@ from torch import nn
 
 from moe_peft.interop.folder import new_folder
 from moe_peft.interop.heads import write_head
+from moe_peft.layers.injection import place
 from moe_peft.methods.base import MultitaskModule
 from moe_peft.methods.merging import task_number
 
@@ -17,16 +18,11 @@ def plain_model(module: MultitaskModule) -> Iterator[nn.Module]:
     """Within: the model with its own linears in the adapted ones' places, merged or not, under their old names."""
     model = module.built()
 
-    def put(layers: dict[str, nn.Module]) -> None:
-        for slot, layer in layers.items():
-            parent, _, leaf = slot.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer)
-
-    put({slot: layer.base for slot, layer in module.adapted.items()})
+    place(model, {slot: layer.base for slot, layer in module.adapted.items()})
     try:
         yield model
     finally:
-        put(dict(module.adapted))
+        place(model, module.adapted)
 
 
 def export_merged(module: MultitaskModule, folder: str | Path, task: str | int) -> None:

@@ -1,6 +1,7 @@
 """How far an export's outputs lie from the module's own: what was written is read back and asked the same rows."""
 
 import importlib.util
+import math
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_peft.batch import Batch
+from moe_peft.interop.adapter_folder import read_adapter
 from moe_peft.interop.lora_import import read_lora
 from moe_peft.methods.base import MultitaskModule
 from moe_peft.methods.merging import task_number
@@ -92,6 +94,20 @@ def _output(module: MultitaskModule, model: nn.Module, ids: Tensor, mask: Tensor
     inputs = {"decoder_input_ids": ids} if module.backbone.kind == "seq2seq" else {}
     found = model(input_ids=ids, attention_mask=mask, **inputs)
     return (found.logits if hasattr(found, "logits") else found.last_hidden_state).float().cpu()
+
+
+def adapter_parity(module: MultitaskModule, folder: Path) -> Parity:
+    """Reads an adapter's folder back and compares every number with the module's: faithful is equal to the bit."""
+    own, written = module.adapter_state(), read_adapter(folder)["state_dict"]
+    difference = largest = 0.0
+    for name in own.keys() | written:
+        one, other = own[name].cpu(), written[name]
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            difference = math.inf
+        elif one.numel():
+            difference = max(difference, (one.double() - other.double()).abs().max().item())
+            largest = max(largest, one.double().abs().max().item())
+    return Parity(difference, largest, 0.0, "moe_peft")
 
 
 def read_back(module: MultitaskModule, folder: Path) -> tuple[nn.Module, str]:

@@ -17,6 +17,7 @@ from moe_peft.interop.folder import new_folder
 from moe_peft.interop.heads import write_head
 from moe_peft.layers.adapted import AdaptedLinear
 from moe_peft.methods.base import MultitaskModule
+from moe_peft.methods.lora import Imported, LoRA
 from moe_peft.methods.merging import static_cores, task_number
 
 TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classifier": "FEATURE_EXTRACTION"}
@@ -60,7 +61,9 @@ def low_rank(layer: AdaptedLinear, core: Tensor | None, task: int = 0) -> LowRan
     return LowRank(a, b * weights, layer.scale)
 
 
-def export_peft(module: MultitaskModule, folder: str | Path, task: str | int, uniform_rank: bool = False) -> None:
+def export_peft(
+    module: MultitaskModule, folder: str | Path, task: str | int, uniform_rank: bool = False, name: str | None = None
+) -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained` loads onto the plain backbone.
 
     `adapter_model.safetensors` and `adapter_config.json` as PEFT writes them, `rank_table.json` beside them, and for
@@ -72,6 +75,7 @@ def export_peft(module: MultitaskModule, folder: str | Path, task: str | int, un
         task: by name or id.
         uniform_rank: give every linear the largest rank, padded with zeros, and scale 1, for serving engines that
             ignore ranks and alphas per module.
+        name: what the rank table calls what is served, where it is no task.
 
     Raises:
         ValueError: no such task, cores that depend on the input, or a folder that holds something.
@@ -87,11 +91,19 @@ def export_peft(module: MultitaskModule, folder: str | Path, task: str | int, un
         for slot, update in updates.items():
             tensors[f"base_model.model.{slot}.lora_A.weight"] = update.a
             tensors[f"base_model.model.{slot}.lora_B.weight"] = update.b
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        given = None if uniform_rank or not isinstance(module, LoRA) else module.imported
+        tensors = {key: _stored(tensor, given) for key, tensor in tensors.items()}
         save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_json(new / "adapter_config.json", adapter_config(module, updates))
-        write_json(new / "rank_table.json", _rank_table(module, number, ranks))
+        write_json(new / "adapter_config.json", given.config if given else adapter_config(module, updates))
+        write_json(new / "rank_table.json", _rank_table(module, name or module.specs[number].name, ranks))
         write_head(module, number, new)
+
+
+def _stored(tensor: Tensor, given: Imported | None) -> Tensor:
+    """Returns a tensor as it is saved: in the dtype in which it was read, where that still holds all of it."""
+    tensor = tensor.detach().cpu().contiguous()
+    narrow = tensor if given is None else tensor.to(given.dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
 def adapter_config(module: MultitaskModule, updates: dict[str, LowRank]) -> dict[str, Any]:
@@ -134,9 +146,9 @@ def _targets(module: MultitaskModule) -> list[str] | str:
     return slots
 
 
-def _rank_table(module: MultitaskModule, task: int, ranks: dict[str, int]) -> dict[str, Any]:
+def _rank_table(module: MultitaskModule, name: str, ranks: dict[str, int]) -> dict[str, Any]:
     """Returns the exported ranks by linear, every task's where the method has a table of them, and whose base it is."""
-    table: dict[str, Any] = {"task": module.specs[task].name, "fingerprint": module.fingerprint, "ranks": ranks}
+    table: dict[str, Any] = {"task": name, "fingerprint": module.fingerprint, "ranks": ranks}
     find_all = getattr(module, "rank_table", None)
     if find_all is not None:
         table |= {"tasks": [spec.name for spec in module.specs], "table": find_all()}

@@ -177,7 +177,7 @@ def test_rows_are_the_users_texts_or_the_same_random_ids(module):
 @pytest.mark.parametrize("to", ["peft", "merged"])
 def test_all_tasks_go_into_a_folder_each(module, tmp_path, to):
     found = export(module, to, "all", tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mood", "sci_topic", "tone"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "mood", "sci_topic", "tone"]
     assert [each.task for each in found] == [spec.name for spec in TASKS] and unfaithful(found) is None
     for each in found:
         difference, largest = each.parity.difference, each.parity.largest

@@ -240,7 +240,7 @@ def test_a_lora_of_another_model_is_refused(tmp_path):
     own = lora.updates[slot]
     with pytest.raises(ValueError, match=r"q_proj is 33x32 there and 32x32 here; another base"):
         check(mixture(), lora._replace(updates={slot: own._replace(a=torch.ones(3, 33))}), 1)
-    with pytest.raises(ValueError, match=r"adapts \S+q_proj, which the mixture does not; set targets"):
+    with pytest.raises(ValueError, match=r"adapts \S+q_proj, which TTLoRAMoE here does not; set targets"):
         check(mixture(targets=["k_proj"]), lora, 1)
     with pytest.raises(ValueError, match="has no head for the classes of 'task1'"):
         check(mixture("classifier"), lora._replace(updates={}), 1)

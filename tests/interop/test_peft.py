@@ -19,7 +19,9 @@ from moe_peft.methods.lora import LoRA
 from moe_peft.methods.merging import static_cores
 from moe_peft.methods.more import MoRE
 from moe_peft.methods.trex import TRex
-from tests.tiny import LLAMA, build, come_alive, output, random_batch, tiny_backbone
+from moe_peft.methods.tt_lora import TTLoRA
+from moe_peft.methods.tt_lora_moe import TTLoRAMoE
+from tests.tiny import LLAMA, build, come_alive, output, random_batch, randomise, tiny_backbone
 
 KINDS = ["causal", "seq2seq", "classifier"]
 SCALINGS = ["rank_over_r", "paper", "none", "code"]
@@ -85,6 +87,21 @@ def test_peft_gives_mores_outputs_at_several_ranks_of_one_task(tmp_path, kind, s
     module, batch = alive(MoRE, kind, rank=5, scaling=scaling)
     assert all(len(set(ranks)) >= 3 for ranks in zip(*module.rank_table().values(), strict=True))
     assert_peft_agrees(module, batch, tmp_path, kind, uniform_rank)
+
+
+@pytest.mark.parametrize("uniform_rank", [False, True])
+@pytest.mark.parametrize("method", [TTLoRA, TTLoRAMoE])
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_gives_the_outputs_of_a_tensor_train_and_of_every_expert(tmp_path, kind, method, uniform_rank):
+    module = build(method, kind, rank=4, alpha=2.0)
+    randomise(module.eval(), scale=0.2)
+    module.route_by_task = True
+    assert_peft_agrees(module, random_batch(kind=kind), tmp_path, kind, uniform_rank)
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in TASKS)
+    assert all(torch.equal(first[name], second[name]) for name in first) == (method is TTLoRA)
+    if kind == "classifier":
+        heads = [load_file(tmp_path / name / "head.safetensors")["weight"] for name in TASKS]
+        assert torch.equal(torch.cat(heads), module.heads.linear.weight)
 
 
 def test_each_linear_gets_its_own_rank_and_scale_from_peft(tmp_path):
@@ -187,7 +204,7 @@ def test_a_name_that_ends_a_longer_one_targets_its_own_linear_only(tmp_path):
         def __init__(self):
             super().__init__()
             self.up, self.block = nn.Linear(4, 4), nn.ModuleDict({"up": nn.Linear(4, 4)})
-            self.config = type("Config", (dict,), {"to_dict": dict})()
+            self.config = type("Config", (dict,), {"to_dict": dict, "is_encoder_decoder": False})()
 
         def forward(self, x):
             return self.block["up"](self.up(x))
