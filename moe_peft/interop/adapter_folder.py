@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from moe_peft.checkpoint import FORMAT, describe
-from moe_peft.interop.files import read_json, read_tensors, write_json
+from moe_peft.interop.files import read_about, read_tensors, write_json
 from moe_peft.interop.folder import new_folder
 from moe_peft.methods.base import MultitaskModule
 
@@ -59,12 +59,7 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
         ValueError: no such folder, truncated files, another format, or a value that is not finite.
     """
     folder = Path(folder)
-    about = read_json(folder / ABOUT)
-    if about.get("format") != FORMAT:
-        raise ValueError(
-            f"'{folder / ABOUT}' has format {about.get('format')!r}, which is unknown here (known: {FORMAT}); use the "
-            "version of moe_peft that wrote it"
-        )
+    about = read_about(folder / ABOUT, FORMAT)
     lacking = [name for name in ("method", "backbone", "fingerprint", "tasks", "specs", "config") if name not in about]
     if lacking or "init_args" not in about["config"]:
         raise ValueError(f"'{folder / ABOUT}' lacks {(lacking or ['config.init_args'])[0]}; export the folder again")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_peft.checkpoint import describe
 from moe_peft.data.tasks import TaskSpec
-from moe_peft.interop.files import read_json, read_tensors, write_json
+from moe_peft.interop.files import read_about, read_tensors, write_json
 from moe_peft.interop.folder import new_folder
 from moe_peft.interop.heads import Head, own_head
 from moe_peft.interop.parity import Parity
@@ -129,12 +129,7 @@ def read_expert(folder: str | Path) -> Expert:
             else, another format, or a value that is not finite.
     """
     folder = Path(folder)
-    about = read_json(folder / ABOUT)
-    if about.get("format") != FORMAT:
-        raise ValueError(
-            f"'{folder / ABOUT}' has format {about.get('format')!r}, which is unknown here (known: {FORMAT}); use the "
-            "version of moe_peft that wrote it"
-        )
+    about = read_about(folder / ABOUT, FORMAT)
     tensors = read_tensors(folder / TENSORS)
     try:
         spec, alpha, rank, pooling = TaskSpec.from_saved(about["task"]), about["alpha"], about["rank"], about["pooling"]

@@ -113,6 +113,8 @@ def export(
     parts = _parts(module, to, task, origin, approximate, rows or CALIBRATION)
     several = (task == ALL and task not in _names(module)) or approximate == "cluster"
     subs = {part.name: re.sub(r"[^\w.-]", "_", part.name) if several else "" for part in parts}
+    if len(set(subs.values())) < len(subs):
+        raise ValueError(f"task: the folders of {', '.join(subs)} would have one name; export them one by one")
     done = []
     with new_folder(out) as new:
         for part in parts:

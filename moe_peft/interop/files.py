@@ -27,6 +27,25 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def read_about(file: Path, known: int) -> dict[str, Any]:
+    """Reads the description of a folder in a format of our own.
+
+    Args:
+        file: the description.
+        known: the format's number here.
+
+    Raises:
+        ValueError: see `read_json`, or another format.
+    """
+    about = read_json(file)
+    if about.get("format") != known:
+        raise ValueError(
+            f"'{file}' has format {about.get('format')!r}, which is unknown here (known: {known}); use the version of "
+            "moe_peft that wrote it"
+        )
+    return about
+
+
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Writes a JSON object."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
