@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ def free_port() -> int:
 
 def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
     """Starts Python in a process of its own, with one thread per rank."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     with log.open("w") as file:
-        return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=file)
+        return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | own, stdout=file, stderr=file)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,14 @@ def seen(world: World) -> dict[str, list[dict[str, Any]]]:  # noqa: F811
     for name, (strategy, ranks, wanted) in LAUNCHES.items():
         log = world.root / f"{name}.log"
         by = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if strategy == "fsdp" else []
-        start([*by, "tests/distributed_worker.py", strategy, str(world.root), wanted], log).wait(900)
         files = [world.root / f"{strategy}-{ranks}-{rank}.pt" for rank in range(ranks)]
+        for _ in range(2):
+            start([*by, "tests/distributed_worker.py", strategy, str(world.root), wanted], log).wait(900)
+            if all(file.is_file() for file in files) or "(SIGSEGV)" not in log.read_text():
+                break
+            # Seen once: a rank died in native code, after which there is nothing to compare. The second launch must leave
+            # whole results; where the first one died is in the test's output.
+            warnings.warn(f"{name}: a rank died of SIGSEGV\n{log.read_text()}", stacklevel=1)
         assert all(file.is_file() for file in files), log.read_text()[-3000:]
         found[name] = [torch.load(file, weights_only=True) for file in files]
     return found
