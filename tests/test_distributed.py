@@ -62,8 +62,8 @@ def seen(world: World) -> dict[str, list[dict[str, Any]]]:  # noqa: F811
             start([*by, "tests/distributed_worker.py", strategy, str(world.root), wanted], log).wait(900)
             if all(file.is_file() for file in files) or "(SIGSEGV)" not in log.read_text():
                 break
-            # Seen once: a rank died in native code, after which there is nothing to compare. The second launch must leave
-            # whole results; where the first one died is in the test's output.
+            # Seen once: a rank died in native code, after which there is nothing to compare. The second launch must
+            # leave whole results; where the first one died is in the output of the test.
             warnings.warn(f"{name}: a rank died of SIGSEGV\n{log.read_text()}", stacklevel=1)
         assert all(file.is_file() for file in files), log.read_text()[-3000:]
         found[name] = [torch.load(file, weights_only=True) for file in files]
