@@ -3,6 +3,7 @@
 Shapes: B rows of the micro-batch (in evaluation: one per scored option), S prompt + answer tokens, L decoder tokens.
 """
 
+import re
 from typing import TypedDict
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 """Label of a token that must not enter the loss (prompt and padding)."""
+# The inputs of a decoder's linears are decoder states, but for cross-attention's keys and values.
+CROSS_KEYS = re.compile(
+    r".*(EncDecAttention|encoder_attn|cross_?attn|crossattention)\.(?:.*\.)?(k|v|k_proj|v_proj|key|value)"
+)
 
 
 class Batch(TypedDict, total=False):
@@ -42,6 +47,19 @@ class Batch(TypedDict, total=False):
     k, 0 for prompt and padding. Seq2seq evaluation has one sequence per option instead, a row's options consecutive."""
     rows: list[dict]
     """Evaluation: the plain rows (task schema), in batch order."""
+
+
+def real_tokens(batch: Batch, slot: str, seq2seq: bool) -> Tensor:
+    """Returns which positions of a linear's input are no padding [B, S], bool.
+
+    Args:
+        batch: as it went through the model, with labels where that has a decoder of its own.
+        slot: the linear's name in the model.
+        seq2seq: whether the model is an encoder-decoder, whose decoder sees the answers.
+    """
+    if seq2seq and ".decoder." in f".{slot}" and not CROSS_KEYS.fullmatch(slot):
+        return batch["labels"] != IGNORE_INDEX
+    return batch["attention_mask"].bool()
 
 
 def content_key(input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -133,9 +133,9 @@ class RoutingContext:
         if value is not None:
             self._terms.setdefault(name, {})[slot] = value
 
-    def terms(self, name: str) -> list[Tensor]:
-        """Takes the parts that this batch's layers left of a loss term; they must not outlive the step."""
-        return list(self._terms.pop(name, {}).values())
+    def terms(self, name: str) -> dict[str, Tensor]:
+        """Takes the parts that this batch's layers left of a loss term, by layer; they must not outlive the step."""
+        return self._terms.pop(name, {})
 
     @property
     def begun(self) -> bool:

@@ -1,20 +1,23 @@
 """Counts parameters of a method on a backbone on the meta device: no download, no memory."""
 
 from collections.abc import Sequence
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from moe_peft import backbones, embedders
+from moe_peft import backbones, embedders, methods
 from moe_peft.data.tasks import TaskSpec
 from moe_peft.layers import closed_form_router, expert_router
 from moe_peft.layers.rank_selector import TaskEmbedding
-from moe_peft.methods import lora, more, trex, tt_lora, tt_lora_moe
 from moe_peft.methods.base import MultitaskModule
 
-# Imported so that their classes are known to the configuration by bare name.
-NAMED = (backbones, embedders, closed_form_router, expert_router, lora, more, trex, tt_lora, tt_lora_moe)
+METHODS = [import_module(f"{methods.__name__}.{file.name}") for file in iter_modules(methods.__path__)]
+"""All modules of `moe_peft.methods`: a method is known by its class's bare name because its file lies there."""
+NAMED = (backbones, embedders, closed_form_router, expert_router, *METHODS)
+"""Imported so that their classes are known to the configuration by bare name."""
 
 
 SECTIONS = ("trainer", "data", "checkpoint", "results", "predictions", "seed_everything", "ckpt_path", "weights_only")

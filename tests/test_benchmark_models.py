@@ -115,8 +115,8 @@ def test_the_tool_prints_and_writes_what_it_found(run_tool, tmp_path):
         (["--figures", "nowhere/x.csv"], "figures: the folder of 'nowhere/x.csv' does not exist; make it first"),
         (["--out", "x", "--backbone", "no.yaml"], "backbone: there is no file 'no.yaml'"),
         (
-            ["--out", "x", "--backbone", "configs/lora.yaml"],
-            "backbone: 'configs/lora.yaml' has no model.init_args.back",
+            ["--out", "x", "--backbone", "configs/methods/lora.yaml"],
+            "backbone: 'configs/methods/lora.yaml' has no model.init_args.back",
         ),
         (
             ["--out", "x", "--backbone", "configs/bases/t5-base.yaml"],

@@ -11,7 +11,7 @@ from moe_peft.cli import CLI, run
 from tests.data.toys import class_rows, write_task
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FOLDERS = ("bases", "data", "paper", "trainer")
+FOLDERS = ("bases", "data", "methods", "paper", "trainer")
 SMALL = "bases/smollm2-135m"
 UNCLIPPED = 1.0  # the command line's own gradient_clip_val, where a method's file gives none
 
@@ -118,7 +118,7 @@ def test_a_trainer_section_composes_with_the_rest(compose, trainer):
     assert cli.trainer.max_epochs == 1 and cli.datamodule.steps_per_epoch == 120
 
 
-@pytest.mark.parametrize("whole", names("."))
+@pytest.mark.parametrize("whole", [*names("."), *names("methods")])
 def test_a_whole_run_composes_with_base_and_data(compose, whole):
     cli = compose(SMALL, "data/quickstart", whole, "trainer/cpu")
     assert len(cli.model.specs) == 5 and cli.trainer.max_epochs is not None

@@ -136,7 +136,7 @@ def test_recomputation_leaves_no_terms():
     with recompute:
         context.add_term("contrast", "slot", torch.zeros(3))
         context.add_term("contrast", "other", torch.zeros(3))
-    (kept,) = context.terms("contrast")
+    (kept,) = context.terms("contrast").values()
     assert torch.equal(kept, torch.ones(3))
 
 
@@ -147,11 +147,11 @@ def test_terms_are_kept_by_name_and_slot_until_the_next_batch():
     context.add_term("contrast", "two", torch.tensor(3.0))
     context.add_term("contrast", "three", None)
     context.add_term("rank_cost", "one", torch.tensor(4.0))
-    assert [term.item() for term in context.terms("contrast")] == [2.0, 3.0]
-    assert [term.item() for term in context.terms("rank_cost")] == [4.0]
-    assert context.terms("other") == []
+    assert [term.item() for term in context.terms("contrast").values()] == [2.0, 3.0]
+    assert [term.item() for term in context.terms("rank_cost").values()] == [4.0]
+    assert context.terms("other") == {}
     context.begin(ids, torch.ones_like(ids))
-    assert context.terms("contrast") == []
+    assert context.terms("contrast") == {}
 
 
 def test_what_needs_no_gradient_is_made_once_per_batch_and_slot():

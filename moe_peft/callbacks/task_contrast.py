@@ -6,7 +6,6 @@ h is taken from the adapted linear's own input, inside its forward (arXiv 2505.2
 the official code). Every row meets all T embeddings and no other row, so nothing is gathered across processes.
 """
 
-import re
 from typing import Literal
 
 import torch
@@ -14,14 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from moe_peft.batch import IGNORE_INDEX, Batch
+from moe_peft.batch import CROSS_KEYS, IGNORE_INDEX, Batch
 from moe_peft.layers.representation import Representation, cosines, represent
 from moe_peft.methods.base import MultitaskModule
-
-# The inputs of a decoder's linears are decoder states, but for cross-attention's keys and values.
-CROSS_KEYS = re.compile(
-    r".*(EncDecAttention|encoder_attn|cross_?attn|crossattention)\.(?:.*\.)?(k|v|k_proj|v_proj|key|value)"
-)
 
 
 class TaskContrast(Callback):
@@ -124,5 +118,5 @@ class TaskContrast(Callback):
 
     def loss_terms(self, module: MultitaskModule, batch: Batch) -> dict[str, Tensor]:
         """The weighted mean over linears and rows of the global batch."""
-        losses = torch.stack(module.context.terms("contrast"))
+        losses = torch.stack(list(module.context.terms("contrast").values()))
         return {"contrast": self.weight * losses.mean(0).sum() / batch["rows_share"]}

@@ -20,7 +20,7 @@ from moe_peft.data.collate import Collator
 from moe_peft.data.encoding import EncodedRow
 from moe_peft.data.tasks import Split
 from moe_peft.interop.origin import Origin
-from moe_peft.kernels.reference import Gate
+from moe_peft.kernels.reference import Core, Gate, Tall
 from moe_peft.layers.routers import Router
 from moe_peft.methods.base import MultitaskModule
 from moe_peft.methods.merging import task_number
@@ -87,9 +87,10 @@ class Watched(Router):
         """Returns the router's own."""
         return self.router.rows()
 
-    def forward(self, x: Tensor, h: Tensor, scores: Tensor | None, context: RoutingContext, slot: str) -> Tensor | None:
+    def forward(self, x: Tensor, h: Tensor, scores: Tensor | None, context: RoutingContext, slot: str) -> Core:
         """Returns the router's core, and adds those of real tokens up."""
         core = self.router(x, h, scores, context, slot)
+        core = core.dense(h.shape[-1]) if isinstance(core, Tall) else core
         inner = core.shape[h.dim() - 1 :]  # [R] or [Q, R]
         cores = core.expand(*h.shape[:-1], *inner).reshape(-1, *inner)
         # Where the layer sees other tokens than the mask, the row is by itself and all are real.

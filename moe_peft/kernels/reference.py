@@ -2,13 +2,14 @@
 
     y = y0 + s * B C(x) A x
 
-Shapes: x [..., D], y0 [..., O], A [R, D], B [O, Q]. The core C maps rank space to rank space. In general it is given as
-a tensor (`apply_core`), in one of three forms told apart by its number of dimensions against x (its leading dimensions
-broadcast over those of x):
+Shapes: x [..., D], y0 [..., O], A [R, D], B [O, Q]. The core C maps rank space to rank space. In general it has
+one of four forms (`apply_core`); tensors are told apart by their number of dimensions against x (their leading
+dimensions broadcast over those of x):
 
     None               identity           Q = R
     [..., R]           diagonal           Q = R, same number of dimensions as x
     [..., Q, R]        full matrix        one dimension more than x
+    Tall               m diagonals        Q = m * R, one below the other
 
 Most methods decide only one weight g per expert and token (a `Gate`), from which the core follows by its form:
 
@@ -21,6 +22,7 @@ Most methods decide only one weight g per expert and token (a `Gate`), from whic
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 Form = Literal["identity", "diagonal", "block", "matrix"]
@@ -38,18 +40,35 @@ class Gate(NamedTuple):
     """β [B or 1, S or 1, E], as many dimensions as x; without `rows` required, but for the identity."""
 
 
-def apply_core(h: Tensor, core: Tensor | None) -> Tensor:
+class Tall(NamedTuple):
+    """A core of m diagonals, one below the other: block e of its output is diag(weights_e) h."""
+
+    weights: Tensor
+    """[..., m, R], or [..., m, 1]: one number for a whole diagonal."""
+
+    def dense(self, rank: int) -> Tensor:
+        """Returns the matrix [..., m * R, R], R = `rank`."""
+        return torch.diag_embed(self.weights.expand(*self.weights.shape[:-1], rank)).flatten(-3, -2)
+
+
+Core = Tensor | Tall | None
+"""A core as a router's `forward` gives it."""
+
+
+def apply_core(h: Tensor, core: Core) -> Tensor:
     """Applies a core to rank-space activations.
 
     Args:
         h: [..., R].
-        core: None, [..., R] (diagonal) or [..., Q, R] (matrix); leading dimensions broadcast.
+        core: None, [..., R] (diagonal), [..., Q, R] (matrix) or `Tall`; leading dimensions broadcast.
 
     Returns:
         [..., Q], in the promoted dtype of `h` and `core`.
     """
     if core is None:
         return h
+    if isinstance(core, Tall):
+        return (h.unsqueeze(-2) * core.weights).flatten(-2)
     if core.dim() == h.dim():
         return h * core
     if core.dim() == h.dim() + 1:
@@ -90,9 +109,7 @@ def apply_gate(h: Tensor, g: Tensor, form: Form) -> Tensor:
     return (h.unsqueeze(-1) * g.unflatten(-1, (h.shape[-1], -1))).sum(-2)
 
 
-def low_rank_update(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, core: Tensor | None = None, scale: float = 1.0
-) -> Tensor:
+def low_rank_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, core: Core = None, scale: float = 1.0) -> Tensor:
     """Returns y + scale * B core(A x), out of place, in the dtype of its arguments.
 
     Args:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_peft.context import Routing, RoutingContext
 from moe_peft.kernels.dispatch import shrink
-from moe_peft.kernels.reference import Gate
+from moe_peft.kernels.reference import Core, Gate
 
 
 class Router(nn.Module):
@@ -49,7 +49,7 @@ class Router(nn.Module):
         """
         raise ValueError(f"{type(self).__name__} reads its input: such an adapter is no fixed matrix per task")
 
-    def forward(self, x: Tensor, h: Tensor, scores: Tensor | None, context: RoutingContext, slot: str) -> Tensor | None:
+    def forward(self, x: Tensor, h: Tensor, scores: Tensor | None, context: RoutingContext, slot: str) -> Core:
         """Returns the core for these rows (see `kernels.reference` for its forms), in fp32.
 
         Args:

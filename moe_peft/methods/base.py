@@ -20,7 +20,8 @@ from moe_peft.embedders import Embedder
 from moe_peft.fingerprint import fingerprint
 from moe_peft.kernels.gated import Kernels, check_kernels
 from moe_peft.layers.adapted import AdaptedLinear
-from moe_peft.layers.injection import inject, output_head
+from moe_peft.layers.allocation import Place, places
+from moe_peft.layers.injection import find_linears, inject, output_head
 from moe_peft.layers.prior import SemanticPrior
 from moe_peft.layers.representation import Representation
 from moe_peft.methods import merging
@@ -64,6 +65,12 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving, RoutingHook
     # file than the first has been given the base class's defaults by then.
     default_loss_mean: ClassVar[LossMean] = "row"
     """Over what the task loss is averaged where `loss_mean` does not say."""
+    starts_at_zero: ClassVar[bool] = True
+    """Whether a new adapter changes nothing."""
+    as_lora: ClassVar[Mapping[str, Any] | None] = None
+    """Arguments with which the method is one LoRA (with its factors and scale), if there are any."""
+    sized_by: ClassVar[str] = "rank"
+    """The argument that decides how many parameters there are, all others left alone."""
     missing_prior: Literal["error", "token_only"] = "error"
     """What to do where a method has a prior that was never fitted."""
 
@@ -94,6 +101,8 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving, RoutingHook
         self.ranking: Ranking = ranking
         self.context = RoutingContext(kernels)
         self.adapted: dict[str, AdaptedLinear] = {}
+        self.places: dict[str, Place] = {}
+        """At which depth each of the adapted linears lies."""
         self.model: nn.Module | None = None
         self.heads: TaskHeads | None = None
         self.prior: SemanticPrior | None = None
@@ -162,6 +171,7 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving, RoutingHook
         model = self.backbone.load()
         self.fingerprint = "" if next(model.parameters()).is_meta else fingerprint(model)
         head_inputs = self.backbone.hidden_size if isinstance(self.backbone, Classifier) else 0
+        self.places = places(find_linears(model, self.targets))
         self.adapted = inject(model, self.targets, self.adapt)
         self.model = model
         if head_inputs:

@@ -27,6 +27,7 @@ from moe_peft.layers.rank_selector import (
 )
 from moe_peft.methods.base import MultitaskModule
 from moe_peft.methods.evaluation import routed_shares
+from moe_peft.methods.task_ids import check_task_ids
 from moe_peft.methods.unknown_tasks import UnknownTask, UnknownTasks
 from moe_peft.predictions import Prediction
 from moe_peft.sharding import gathered
@@ -144,16 +145,9 @@ class MoRE(MultitaskModule):
         own = batch.get("task_id")
         if not self.context.enabled:
             return own
-        if own is None:
-            raise ValueError(
-                "MoRE routes by task: the batch has no task_id; give every row the index of its task, or call it "
-                "within routing(tasks=...)"
-            )
-        low, high = own.min().item(), own.max().item()
         lowest = 0 if self.training or self.unknown.how == "error" or self.heads is not None else -1
-        if low < lowest or high >= len(self.specs):
-            wrong = low if low < lowest else high
-            raise ValueError(f"task_id: {wrong} is no task; the {len(self.specs)} tasks are 0..{len(self.specs) - 1}")
+        check_task_ids(own, len(self.specs), lowest, type(self).__name__)
+        assert own is not None
         return self.unknown.routed(self, batch)
 
     def task_of_row(self, row: int) -> str:
@@ -189,7 +183,7 @@ class MoRE(MultitaskModule):
         """The rank-cost penalty."""
         if self.rank_cost == 0:
             return {}
-        return {"rank_cost": self.rank_cost * torch.stack(self.context.terms("rank_cost")).mean()}
+        return {"rank_cost": self.rank_cost * torch.stack(list(self.context.terms("rank_cost").values())).mean()}
 
     def selectors(self) -> dict[str, RankSelector]:
         """Returns the rank selectors by linear."""

@@ -27,6 +27,7 @@ from moe_peft.methods.evaluation import CONFIDENCE
 from moe_peft.methods.expert_clipping import clip_per_expert
 from moe_peft.methods.refusal import NO_LIMIT
 from moe_peft.methods.routing_report import router_accuracy, router_notes
+from moe_peft.methods.task_ids import check_task_ids
 from moe_peft.methods.training import LossMean
 from moe_peft.methods.tt_lora import Shapes, check_shapes, layout_for
 from moe_peft.predictions import NOBODY, Prediction
@@ -157,12 +158,10 @@ class TTLoRAMoE(MultitaskModule):
         Raises:
             ValueError: the router was asked for and never trained, or a task id that there is not.
         """
-        own, experts = batch.get("task_id"), len(self.specs)
+        own = batch.get("task_id")
         if not self.context.enabled:
             return own
-        if own is not None and (own.min() < 0 or own.max() >= experts):
-            wrong = next(task for task in own.tolist() if not 0 <= task < experts)
-            raise ValueError(f"task_id: {wrong} is no task; the {experts} tasks are 0..{experts - 1}")
+        check_task_ids(own, len(self.specs))
         if own is not None and not self.routes:
             return own
         if not (self.training or self.router_trained):

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from moe_peft.agreement import from_all_ranks
-from moe_peft.batch import IGNORE_INDEX, Batch
-from moe_peft.callbacks.task_contrast import CROSS_KEYS
+from moe_peft.batch import Batch, real_tokens
 from moe_peft.context import Observer, Routing
 from moe_peft.data.encoding import EncodedRow
 from moe_peft.data.module import MultitaskDataModule
@@ -191,8 +190,7 @@ def observer(module: MultitaskModule, batch: Batch, sums: RoutingSums, counted: 
     seq2seq = module.backbone.kind == "seq2seq"
 
     def see(slot: str, routing: Routing) -> None:
-        decoder = seq2seq and ".decoder." in f".{slot}" and not CROSS_KEYS.fullmatch(slot)
-        real = batch["labels"] != IGNORE_INDEX if decoder else batch["attention_mask"].bool()
+        real = real_tokens(batch, slot, seq2seq)
         real = real if counted is None else real & counted.unsqueeze(1)
         sums.add(slot, routing.weights, batch["task_id"], real)
 

@@ -144,12 +144,12 @@ def test_recomputation_changes_no_gradient_and_keeps_nothing(kind):
         loss = module.row_losses(batch)[0].sum()
         terms = callback.loss_terms(module, batch) | module.method_loss_terms(batch)
         forwards, loss = len(seen), loss + sum(terms.values())
-        parts = module.context.terms("contrast")
+        parts = module.context.terms("contrast").values()
         loss.backward()
         found.append((loss.detach(), {name: p.grad for name, p in module.named_parameters() if p.requires_grad}))
         assert terms["contrast"] > 0.001 and terms["rank_cost"] > 0.05
         assert (len(seen) > forwards) == on
-        assert all(now is part for now, part in zip(module.context.terms("contrast"), parts, strict=True))
+        assert all(now is part for now, part in zip(module.context.terms("contrast").values(), parts, strict=True))
     (loss, gradients), (again, recomputed) = found
     torch.testing.assert_close(again, loss)
     for name, gradient in gradients.items():

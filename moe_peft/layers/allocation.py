@@ -1,0 +1,56 @@
+"""Numbers that differ from layer to layer: experts, ranks, scales (MoLA, arXiv 2402.08562; HiLo, arXiv 2502.03884).
+
+A list of G numbers gives layer l of L the number at floor(l * G / L): [2, 4, 6, 8] over 32 layers is eight layers of
+each. An encoder and a decoder count their layers apart.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple, TypeVar
+
+N = TypeVar("N", int, float)
+NUMBER = re.compile(r"(?:^|.*?\.)(?P<at>\d+)\.")
+
+
+class Place(NamedTuple):
+    """Where a linear lies: in layer `layer` of `layers`."""
+
+    layer: int = 0
+    layers: int = 1
+
+    def of(self, value: N | list[N]) -> N:
+        """Returns the number that a layer at this depth has.
+
+        Args:
+            value: one for all, or a list from the first layers to the last.
+        """
+        return value[self.layer * len(value) // self.layers] if isinstance(value, list) else value
+
+
+def places(names: Iterable[str]) -> dict[str, Place]:
+    """Returns where linears lie, by the first number in their names; one without a number is in a stack of its own."""
+    found = {name: NUMBER.match(name) for name in names}
+    stacks: dict[str, set[int]] = {}
+    for match in found.values():
+        if match:
+            stacks.setdefault(match.string[: match.start("at")], set()).add(int(match["at"]))
+    order = {stack: sorted(numbers) for stack, numbers in stacks.items()}
+    return {
+        name: Place(order[own].index(int(match["at"])), len(order[own]))
+        if match and (own := name[: match.start("at")]) in order
+        else Place()
+        for name, match in found.items()
+    }
+
+
+def at_least(argument: str, value: N | list[N], least: N) -> None:
+    """Refuses a number that is too small, or an empty list.
+
+    Raises:
+        ValueError: names the argument and the value.
+    """
+    values = value if isinstance(value, list) else [value]
+    if not values or min(values) < least:
+        raise ValueError(
+            f"{argument}: {value} must be at least {least}, or a list of such numbers from first layer to last"
+        )
