@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moe_peft.quirks import keep_recordable
 
@@ -120,7 +120,19 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """Returns all of a tensor, without a gradient; where it is cut, all ranks must ask."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    if tensor.placements != (Shard(0),):  # an optimizer's number for a parameter, say
+        return tensor.full_tensor().detach()
+    # Not `full_tensor`, which kills processes on CPUs now and then: its gather has a name too long to be kept in place,
+    # and both threads of a gloo group, which note without a lock what they did last, may free that text (torch 2.13).
+    own, mesh = tensor.to_local().detach(), tensor.device_mesh
+    size = -(-len(tensor) // mesh.size())
+    padded = own.new_zeros(size, *tensor.shape[1:])
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in range(mesh.size())]
+    distributed.all_gather(parts, padded, group=mesh.get_group())
+    return torch.cat([part[: max(0, len(tensor) - at * size)] for at, part in enumerate(parts)])
 
 
 def like(value: Tensor, own: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import profile
 
 from moe_peft.agreement import leave_together
 from moe_peft.backbones import Backbone, CausalLM, Classifier, Seq2SeqLM
@@ -224,6 +225,15 @@ def run(case: Case, root: Path, strategy: str) -> dict[str, Any]:
     return seen | {"state": whole_state(module), "shards": shards(module)}
 
 
+def overheard(case: Case, root: Path, strategy: str) -> dict[str, Any]:
+    """Runs a case as `run` does, and notes which collectives it calls."""
+    operations = profile()
+    with operations:
+        found = run(case, root, strategy)
+    names = {event.name for event in operations.function_events or ()}
+    return found | {"collectives": sorted(name for name in names if name.startswith("c10d::"))}
+
+
 def resume(case: Case, root: Path, strategy: str, file: Path) -> dict[str, Any]:
     """Goes on from a checkpoint."""
     module, data = build(case, root)
@@ -257,7 +267,8 @@ def shards(module: nn.Module) -> dict[str, tuple[list[int], list[int]]]:
 
 def main(strategy: str, root: str, wanted: str = "") -> None:
     """Runs the cases whose names hold what is wanted."""
-    found: dict[str, Any] = {case.name: run(case, Path(root), strategy) for case in CASES if wanted in case.name}
+    cases = [(case, overheard if case.built else run) for case in CASES if wanted in case.name]
+    found: dict[str, Any] = {case.name: how(case, Path(root), strategy) for case, how in cases}
     found |= {f"break off {case.name}": break_off(case, Path(root), strategy) for case in BREAKS if wanted in case.name}
     rank = 0 if strategy == "auto" else torch.distributed.get_rank()
     world = os.environ.get("WORLD_SIZE", "1" if strategy == "auto" else "2")
