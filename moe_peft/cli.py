@@ -44,6 +44,7 @@ from moe_peft.data import module as data_module
 from moe_peft.loggers import MetricsCSV
 from moe_peft.messages import one_line
 from moe_peft.methods.base import MultitaskModule
+from moe_peft.parsing import ConfigParser
 from moe_peft.resumption import checkpoint_files, read_first_whole
 
 # Imported so that their classes are known to the configuration by bare name.
@@ -67,7 +68,7 @@ OTHER_SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 
-class Parser(LightningArgumentParser):
+class Parser(ConfigParser, LightningArgumentParser):
     """Reports a configuration error in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -262,6 +263,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*It is recommended to use `self.log.*sync_dist=True.*")  # alike already
     warnings.filterwarnings("ignore", message=".*module.* in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
+    warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")  # before the first validation
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -6,13 +6,14 @@ from pkgutil import iter_modules
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from moe_peft import backbones, embedders, methods
 from moe_peft.data.tasks import TaskSpec
 from moe_peft.layers import closed_form_router, expert_router
 from moe_peft.layers.rank_selector import TaskEmbedding
 from moe_peft.methods.base import MultitaskModule
+from moe_peft.parsing import ConfigParser
 
 METHODS = [import_module(f"{methods.__name__}.{file.name}") for file in iter_modules(methods.__path__)]
 """All modules of `moe_peft.methods`: a method is known by its class's bare name because its file lies there."""
@@ -24,13 +25,13 @@ SECTIONS = ("trainer", "data", "checkpoint", "results", "predictions", "seed_eve
 PARTS = ("base", "trainable", "factors", "router", "embeddings", "gates", "prior", "heads")
 
 
-def model_parser(ignored: Sequence[str] = SECTIONS) -> ArgumentParser:
+def model_parser(ignored: Sequence[str] = SECTIONS) -> ConfigParser:
     """Returns a parser of the `model` section alone.
 
     Args:
         ignored: a run's other sections, which are read and left as they are.
     """
-    parser = ArgumentParser(description=__doc__, exit_on_error=False)
+    parser = ConfigParser(description=__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(MultitaskModule, "model", skip={"tasks"}, required=True)
     for section in ignored:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from moe_peft.activations import Load, activation_bytes
 from moe_peft.counting import SECTIONS, build_on_meta, model_parser
 from moe_peft.data import module as data_module
 from moe_peft.methods.base import MultitaskModule
+from moe_peft.parsing import ConfigParser
 
 # Imported so that their classes are known to the configuration by bare name.
 NAMED = (*cli.NAMED, *data_module.NAMED)
@@ -55,7 +56,7 @@ class Plan(NamedTuple):
         return sum(self)
 
 
-def run_parser() -> ArgumentParser:
+def run_parser() -> ConfigParser:
     """Returns a parser of a run's model, data and trainer sections, none of which it needs to be able to run."""
     parser = model_parser(ignored=[section for section in SECTIONS if section not in ("data", "trainer")])
     parser.add_subclass_arguments(data_module.MultitaskDataModule, "data", skip={"backbone"}, required=False)
