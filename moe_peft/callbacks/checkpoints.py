@@ -66,6 +66,19 @@ class AdapterCheckpoint(ModelCheckpoint):
             self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Finds the best checkpoint of a run whose folder was moved or renamed since, which Lightning would forget."""
+        folder, state = Path(str(self.dirpath)), checkpoint["callbacks"].get(self.state_key)
+        if state is None or Path(str(trainer.ckpt_path)).resolve().parent != folder.resolve():
+            return
+
+        def here(path: str) -> str:
+            return str(folder / Path(path).name) if path else ""
+
+        state.update({name: here(path) for name, path in state.items() if name.endswith("_model_path")})
+        state["best_k_models"] = {here(path): score for path, score in state["best_k_models"].items()}
+        state["dirpath"] = self.dirpath
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock, and clears away what a killed process left half written."""
         super().on_train_start(trainer, pl_module)

@@ -25,6 +25,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            file.chmod(temporary.stat().st_mode & 0o666)  # safetensors shuts everybody else out, whatever the umask
         temporary.rename(final)
     except BaseException:
         shutil.rmtree(temporary)

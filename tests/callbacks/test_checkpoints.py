@@ -16,16 +16,13 @@ class Worsening(pl.LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.layer, self.value = torch.nn.Linear(2, 1), 1.0
+        self.layer = torch.nn.Linear(2, 1)
 
     def training_step(self, batch, _):
         return self.layer(batch[0]).sum()
 
     def validation_step(self, *_):
-        self.log("val/mean", torch.tensor(self.value))
-
-    def on_validation_epoch_end(self):
-        self.value -= 0.1
+        self.log("val/mean", torch.tensor(-float(self.global_step)))
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -42,7 +39,7 @@ class LastStep(pl.Callback):
             self.seen[trainer.global_step] = torch.load(self.file, weights_only=True)["global_step"]
 
 
-def fit(folder, *callbacks, epochs=3, **options):
+def fit(folder, *callbacks, epochs=3, resume=None, **options):
     """Fits twelve micro-batches, in so many epochs."""
     rows = DataLoader(TensorDataset(torch.ones(12 // epochs, 2)))
     trainer = pl.Trainer(
@@ -54,7 +51,7 @@ def fit(folder, *callbacks, epochs=3, **options):
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(Worsening(), rows, rows)
+    trainer.fit(Worsening(), rows, rows, ckpt_path=resume)
 
 
 @pytest.mark.parametrize("interval", [1.0, 2])
@@ -104,6 +101,28 @@ def test_rank_zeros_clock_decides(tmp_path, monkeypatch):
 def test_an_interval_of_nothing_is_refused(option):
     with pytest.raises(ValueError, match=f"{option}=0 must be"):
         AdapterCheckpoint(**{option: 0})
+
+
+def half(folder):
+    """The first eight steps of twelve; returns the best checkpoint's content."""
+    fit(folder, AdapterCheckpoint(), max_steps=8)
+    return (folder / "checkpoints" / "best.ckpt").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["last", "last.previous"])
+def test_a_run_that_was_renamed_keeps_its_best(tmp_path, name):
+    best, kept = half(tmp_path / "old"), AdapterCheckpoint()
+    (tmp_path / "old").rename(tmp_path / "new")
+    fit(tmp_path / "new", kept, resume=tmp_path / "new" / "checkpoints" / f"{name}.ckpt")
+    assert Path(kept.best_model_path).read_bytes() == best
+    assert kept.best_model_path == str(tmp_path / "new" / "checkpoints" / "best.ckpt")
+
+
+def test_a_fit_that_goes_on_elsewhere_has_a_best_of_its_own(tmp_path):
+    best, kept = half(tmp_path / "one"), AdapterCheckpoint()
+    fit(tmp_path / "two", kept, resume=tmp_path / "one" / "checkpoints" / "last.ckpt")
+    assert kept.best_model_path == str(tmp_path / "two" / "checkpoints" / "best.ckpt")
+    assert (tmp_path / "one" / "checkpoints" / "best.ckpt").read_bytes() == best
 
 
 def test_a_whole_checkpoint_is_on_the_disk_at_every_moment(tmp_path, monkeypatch):
