@@ -40,6 +40,8 @@ class Facts:
     versions: dict[str, str]
     ranking: Ranking
     notes: dict[str, str] = field(default_factory=dict)
+    routes: bool = True
+    """Whether a router decided anything."""
 
 
 class Report:

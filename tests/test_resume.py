@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.tiny_fits import lora, whole  # noqa: F401  (a fixture)
+from tests.tiny_fits import fit_of, lora, whole  # noqa: F401  (a fixture)
 from tests.tiny_kills import adding, assert_uninterrupted, step_of
 from tests.tiny_runs import metrics, one_error, recorded, results, world  # noqa: F401  (a fixture)
 
@@ -78,12 +78,7 @@ def accumulating(world, steps=4):  # noqa: F811
     return config
 
 
-@pytest.fixture(scope="module")
-def accumulated(world, tmp_path_factory):  # noqa: F811
-    """The run folder of an uninterrupted fit of twelve steps of four micro-batches; read-only."""
-    folder = tmp_path_factory.mktemp("accumulated") / "run"
-    world.fit(folder, accumulating(world))
-    return folder
+accumulated = fit_of(accumulating)
 
 
 @pytest.mark.parametrize("after", [9, 25], ids=["third step", "first step of the second epoch"])

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from moe_peft.batch import Batch
 from moe_peft.counting import model_parser
 from moe_peft.data.tasks import TaskSpec
-from tests.tiny import come_alive, output, random_batch, randomise
+from tests.methods.tiny_tt import experts_come_alive, with_tasks
+from tests.tiny import come_alive, random_batch
 from tests.tiny_runs import save_backbone
 
 TASKS = [
@@ -39,28 +39,12 @@ def trained(folder: Path, method: str, kind: str = "causal", dtype: str = "float
     module = parser.instantiate_classes(parsed)["model"]
     module.config = config
     module.configure_model()
-    return (come_alive_by_stages if method == "TTLoRAMoE" else come_alive)(
-        module, random_batch(6, kind), scale=0.1
-    ).eval()
-
-
-def come_alive_by_stages(module: Any, batch: Batch, scale: float) -> Any:
-    """A TT-LoRA MoE's experts and router, random, proved to act and to learn, each by its own loss."""
-    randomise(module, scale=scale)
-    batch = batch | {"task_id": torch.arange(len(batch["task_id"])) % len(TASKS)}
-    batch["task_share"] = torch.bincount(batch["task_id"])[batch["task_id"]].float()
-    with torch.no_grad():
-        adapted = output(module, batch)
-        with module.context.disabled():
-            bare = output(module, batch)
-    assert ((adapted - bare).abs().flatten(1).amax(1) > 1e-3).all(), "an expert does not move the output of its rows"
-    module.begin(batch)
-    sum(module.step_losses(batch).values()).backward()
-    for name, parameter in module.named_parameters():
-        assert not parameter.requires_grad or (parameter.grad is not None and parameter.grad.abs().max() > 0), name
-    module.zero_grad(set_to_none=True)
+    batch = random_batch(6, kind)
+    if method != "TTLoRAMoE":
+        return come_alive(module, batch, scale=0.1).eval()
+    experts_come_alive(module, with_tasks(batch, *(row % len(TASKS) for row in range(6))), scale=0.1)
     module.router_trained.fill_(True)
-    return module
+    return module.eval()
 
 
 def save(module: Any, path: Path) -> Path:

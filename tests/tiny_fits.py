@@ -1,6 +1,7 @@
 """Whole fits of tiny models, and the commands that test and predict with what they left."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,17 @@ def assert_reproduced(folder: Path) -> None:
     assert (folder / "predictions.test-best.jsonl").read_bytes() == fitted
 
 
-@pytest.fixture(scope="module")
-def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of an uninterrupted fit of two epochs, with dropout; treat as read-only."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    world.fit(folder)
+def fit_of(config: Callable[[World], dict[str, Any]]) -> Any:
+    """A fixture: the run folder of an uninterrupted fit, made once for a file of tests; treat as read-only."""
+
+    @pytest.fixture(scope="module")
+    def folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        run_folder = tmp_path_factory.mktemp("fit") / "run"
+        world.fit(run_folder, config(world))
+        return run_folder
+
     return folder
+
+
+whole = fit_of(World.config)
+"""Of two epochs, with dropout."""

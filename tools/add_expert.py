@@ -11,16 +11,14 @@ prompts; how the old tasks' validation rows were routed before and are now is pr
 """
 
 import argparse
-import os
-import sys
 from pathlib import Path
+
+from moe_peft.command_line import mistakes_in_a_line, options
 
 
 def arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the mixture's run folder (its best checkpoint is taken)")
     parser.add_argument("--expert", type=Path, required=True, help="folder of the trained expert")
     parser.add_argument("--task", required=True, help="folder of its task's rows, below the run's data.root; or YAML")
@@ -36,16 +34,10 @@ def main() -> None:
 
     from moe_peft.cli import quiet
     from moe_peft.interop.growth import add_expert
-    from moe_peft.messages import one_line
 
     quiet()
-    try:
+    with mistakes_in_a_line():
         print(add_expert(given.run, given.expert, given.task, given.out, given.rows, given.backbone))
-    except (ValueError, OSError) as error:
-        if os.environ.get("MOE_PEFT_TRACEBACK"):
-            raise
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from rich.console import Console
 from moe_peft.benchmark import decoding, models, output, steps, suite, targets
 from moe_peft.benchmark.setting import DTYPES, Setting
 from moe_peft.benchmark.timing import threads
-from moe_peft.messages import one_line
+from moe_peft.command_line import mistakes_in_a_line
 
 SECTIONS = ("adapter", "growth", "step", "decoding")
 REFERENCES = (suite.EAGER_8, suite.PEFT, suite.BARE, steps.FROZEN)
@@ -132,7 +132,7 @@ def measure(given: argparse.Namespace) -> dict[str, output.Rows]:
 
 def main() -> None:
     """Measures, prints and writes; a user's mistake ends in one line and status 2."""
-    try:
+    with mistakes_in_a_line():
         given = parse()
         if given.figures is not None:
             output.write_figures(given.figures, suite.stable_figures())
@@ -140,9 +140,6 @@ def main() -> None:
         given.out.mkdir(parents=True, exist_ok=True)
         with threads(given.threads):
             found = measure(given)
-    except ValueError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
     adapters = found.get("adapter", [])
     verdicts, rules = targets.verdicts(adapters), targets.rules(adapters) if adapters else []
     if adapters:

@@ -7,28 +7,21 @@ tasks (methods with task embeddings or heads depend on it). The last line is JSO
 """
 
 import json
-import os
-import sys
 
 from rich.console import Console
 from rich.table import Table
 
+from moe_peft.command_line import mistakes_in_a_line
 from moe_peft.counting import build_on_meta, count_parameters, model_parser
-from moe_peft.messages import one_line
 
 
 def main() -> None:
     """Parses the configuration, counts, prints a table and JSON; a user's mistake ends in one line and status 2."""
     parser = model_parser()
     parser.add_argument("--tasks", type=int, default=8, help="number of tasks")
-    try:
+    with mistakes_in_a_line(Exception):  # jsonargparse and transformers raise a dozen kinds
         config = parser.parse_args()
         counts = count_parameters(build_on_meta(config, config.tasks))
-    except Exception as error:  # jsonargparse and transformers raise a dozen kinds
-        if os.environ.get("MOE_PEFT_TRACEBACK"):
-            raise
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
     table = Table("part", "parameters")
     for part, number in counts.items():
         table.add_row(part, f"{number:,}" if isinstance(number, int) else f"{number} %")

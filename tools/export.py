@@ -18,16 +18,15 @@ method on validation rows. Every folder gets a README.md.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
+
+from moe_peft.command_line import mistakes_in_a_line, options
 
 
 def arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument(
         "checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its best checkpoint), or a file"
     )
@@ -56,13 +55,13 @@ def main() -> None:
     from moe_peft.runs import load_module
 
     quiet()
-    try:
+    with mistakes_in_a_line():
         if given.push is not None:
             check_repo_id(given.push)
         module = load_module(given.checkpoint, given.backbone)
         origin = origin_of(given.checkpoint, [spec.name for spec in module.specs], given.backbone)
-        options = (given.uniform_rank, given.text, origin, given.approximate, given.rows, given.push)
-        exports = export(module, given.to, given.task, given.out, *options)
+        more = (given.uniform_rank, given.text, origin, given.approximate, given.rows, given.push)
+        exports = export(module, given.to, given.task, given.out, *more)
         for each in exports:
             print(each)
         if origin.data is None and not given.text and given.to in ("peft", "merged"):
@@ -70,11 +69,6 @@ def main() -> None:
         fault = unfaithful(exports)
         if fault is None and given.push is not None:
             print(f"pushed to {push(given.out, given.push, given.public)}")
-    except (ValueError, OSError) as error:
-        if os.environ.get("MOE_PEFT_TRACEBACK"):
-            raise
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
     if fault is not None:
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(1)

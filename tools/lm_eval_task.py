@@ -6,16 +6,14 @@ python -m moe_peft.interop.lm_eval run --model moe_peft --model_args adapter=run
 """
 
 import argparse
-import os
-import sys
 from pathlib import Path
+
+from moe_peft.command_line import mistakes_in_a_line, options
 
 
 def arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("folders", metavar="FOLDER", nargs="+", help="a task folder: task.json and its rows")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist, or be empty")
     parser.add_argument("--split", choices=["train", "validation", "test"], default="test", help="whose rows are asked")
@@ -28,17 +26,8 @@ def main() -> None:
 
     from moe_peft.interop.lm_eval.tasks import write_tasks
 
-    try:
-        lines = write_tasks(given.folders, given.out, given.split)
-    except (ValueError, OSError) as error:
-        if os.environ.get("MOE_PEFT_TRACEBACK"):
-            raise
-        from moe_peft.messages import one_line
-
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    for line in lines:
-        print(line)
+    with mistakes_in_a_line():
+        print("\n".join(write_tasks(given.folders, given.out, given.split)))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ tokens and tasks are the configuration's own (`--rows`, `--tokens`, `--tasks` sa
 """
 
 import json
-import os
-import sys
 
 from rich.console import Console
 from rich.table import Table
 
+from moe_peft.command_line import mistakes_in_a_line
 from moe_peft.memory import PARTS, plan_memory, run_parser
-from moe_peft.messages import one_line
 
 SIZES = ("tasks", "rows", "tokens", "answer_tokens")
 
@@ -27,14 +25,9 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, required=True, help="number of GPUs, on all nodes together")
     for size in SIZES:
         parser.add_argument(f"--{size}", type=int, help=f"number of {size.replace('_', ' ')}")
-    try:
+    with mistakes_in_a_line(Exception):  # jsonargparse and transformers raise a dozen kinds
         config = parser.parse_args()
         plan = plan_memory(config, config.gpus, **{size: config[size] for size in SIZES})
-    except Exception as error:  # jsonargparse and transformers raise a dozen kinds
-        if os.environ.get("MOE_PEFT_TRACEBACK"):
-            raise
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
     plans = plan["plans"]
     table = Table("GiB per GPU", *plans, title=", ".join(f"{size} {plan[size]}" for size in ("gpus", *SIZES, "dtype")))
     for part in (*PARTS, "total"):

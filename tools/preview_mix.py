@@ -6,26 +6,21 @@ python tools/preview_mix.py --config configs/quickstart.yaml [--config FILE ...]
 Later files overlay earlier ones; `--data.init_args.batch_size 8` and the like change single arguments.
 """
 
-import argparse
-import sys
+from moe_peft.command_line import mistakes_in_a_line, options
 
 
 def main() -> None:
-    """Parses the command line and prints the preview; a user's mistake ends in one line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Parses the command line and prints the preview; a user's mistake ends in one line and status 2."""
+    parser = options(__doc__)
     parser.add_argument("--batches", type=int, default=100, help="global batches to draw (default 100)")
     arguments, others = parser.parse_known_args()
-    if arguments.batches < 1:
-        sys.exit(f"error: --batches {arguments.batches} must be 1 or more")
 
     from moe_peft.data.preview import describe_mix
 
-    try:
+    with mistakes_in_a_line():
+        if arguments.batches < 1:
+            raise ValueError(f"batches: {arguments.batches} is below 1; give the global batches to draw")
         print(describe_mix(others, arguments.batches))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

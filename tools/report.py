@@ -10,16 +10,14 @@ method and configuration, with the mean and the spread over seeds; they must be 
 """
 
 import argparse
-import os
-import sys
 from pathlib import Path
+
+from moe_peft.command_line import mistakes_in_a_line, options
 
 
 def arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder; several are compared")
     parser.add_argument("--out", type=Path, help="folder to write into; needed for several runs, else the run's own")
     parser.add_argument("--rebuild", action="store_true", help="first record the routing anew from the best checkpoint")
@@ -33,18 +31,11 @@ def main() -> None:
     given = arguments()
 
     from moe_peft.cli import quiet
-    from moe_peft.messages import one_line
     from moe_peft.reporting.command import report
 
     quiet()
-    try:
-        page = report(given.runs, given.out, given.rebuild, given.rows, given.backbone)
-    except (ValueError, OSError) as error:
-        if os.environ.get("MOE_PEFT_TRACEBACK"):
-            raise
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    print(f"Written to {page}.")
+    with mistakes_in_a_line():
+        print(f"Written to {report(given.runs, given.out, given.rebuild, given.rows, given.backbone)}.")
 
 
 if __name__ == "__main__":

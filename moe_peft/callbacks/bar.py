@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -137,12 +138,13 @@ def bar(label: str, done: int, total: float, told: list[str], width: int) -> Tab
 
 def cells(told: list[str], width: int) -> list[Text]:
     """Puts numbers side by side; in columns where they need several lines, of which only so many are shown."""
-    if len("  ".join(told)) <= width:
+    if cell_len("  ".join(told)) <= width:
         return [Text("  ".join(told))]
-    column = max(map(len, told)) + 2
+    column = max(map(cell_len, told)) + 2
     per_line = max(1, (width + 2) // column)
     most = per_line * TASK_LINES
     if len(told) > most:
         told = [*told[: most - 1], f"({len(told) - most + 1} more)"]
     lines = [told[at : at + per_line] for at in range(0, len(told), per_line)]
-    return [Text("".join(part.ljust(column) for part in line).rstrip()[:width]) for line in lines]
+    padded = ["".join(set_cell_size(part, column) for part in line).rstrip() for line in lines]
+    return [Text(line if cell_len(line) <= width else set_cell_size(line, width)) for line in padded]

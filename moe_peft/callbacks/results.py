@@ -42,6 +42,11 @@ class TestedModule(Protocol):
         """Whether the untouched base can answer at all."""
         ...
 
+    @property
+    def routes(self) -> bool:
+        """Whether a router decides anything about the rows."""
+        ...
+
     def trainable_parameters(self) -> int:
         """Counts trainable numbers."""
         ...
@@ -211,6 +216,7 @@ class Results(Callback):
             versions=versions | {name: version(name) for name in ("torch", "lightning", "transformers")},
             ranking=module.ranking,
             notes=notes,
+            routes=module.routes,
         )
 
 

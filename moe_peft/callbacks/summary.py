@@ -19,17 +19,21 @@ class Summary(Callback):
     """Prints, on rank zero, what a fit or a test has left; after one that broke off, how to go on."""
 
     def __init__(self) -> None:
-        self._trained = False
+        self._trained = self._fitted = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes that there will be something to tell."""
         self._trained = True
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes that a test to come is the fit's own, also that of a fit which had no step left to go."""
+        self._fitted = True
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tells of a test, which is the end of a fit too."""
         if stage == "test" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = Path(trainer.default_root_dir)
-            print_aligned([*(fit_entries(folder) if self._trained else test_entries(trainer, folder))])
+            print_aligned([*(fit_entries(folder) if self._fitted else test_entries(trainer, folder))])
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Tells where it stopped, unless nothing had begun."""
@@ -45,10 +49,10 @@ def fit_entries(folder: Path) -> Iterator[Entry]:
     yield from existing("results", folder, "results.md", "results.json", "predictions.jsonl")
     yield from existing("metrics", folder, "metrics.csv", "tensorboard")
     yield from existing("routing", folder, "routing")
-    best = checkpoints / "best.ckpt"
-    if best.is_file() and (folder / "config.yaml").is_file():
-        yield "test again", command("test", folder, best)
-    if best.is_file():
+    saved = [file for name in ("best", "last") if (file := checkpoints / f"{name}.ckpt").is_file()]
+    if saved and (folder / "config.yaml").is_file():
+        yield "test again", command("test", folder, saved[0])
+    if saved:
         export = [folder, "--to", "adapter", "--out", Path("exports") / folder.resolve().name]
         yield from tool("export", "export.py", *export)
         yield from tool("report", "report.py", folder)

@@ -3,9 +3,7 @@
 import argparse
 import copy
 import json
-import os
 import platform
-import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -15,9 +13,9 @@ import torch
 
 from moe_peft.backbones import Backbone
 from moe_peft.cli import quiet
+from moe_peft.command_line import mistakes_in_a_line
 from moe_peft.data.module import MultitaskDataModule
 from moe_peft.data.preview import load_data_module
-from moe_peft.messages import one_line
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DEFAULTS = [f"--config={CONFIGS / name}" for name in ("bases/smollm2-135m.yaml", "data/quickstart.yaml")]
@@ -88,21 +86,12 @@ def run(
         needs: packages that must be there.
     """
     quiet()
-    try:
+    with mistakes_in_a_line(), mistakes_in_a_line(RuntimeError, status=1):
         for name in needs:
             if not any(metadata.distributions(name=name)):
                 raise ValueError(f"{name} is not installed: pip install {name}")
         given, others = parser.read()
         found = compare(given, load_data_module(others))
-    except RuntimeError as error:
-        if os.environ.get("MOE_PEFT_TRACEBACK"):
-            raise
-        sys.exit(f"error: {one_line(str(error))}")
-    except (ValueError, OSError) as error:
-        if os.environ.get("MOE_PEFT_TRACEBACK"):
-            raise
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
     if given.json is not None:
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
         versions = {name: metadata.version(name) for name in ("torch", "transformers", "lightning", *needs)}

@@ -121,7 +121,7 @@ def _tasks(module: MultitaskModule, tasks: Sequence[str], origin: Origin) -> str
     lines = [["task", "kind", "metric", "prompt", "rows of train / validation / test"]]
     for spec in module.specs:
         if spec.name in tasks:
-            prompt = json.dumps(spec.template, ensure_ascii=False).replace("|", "\\|")
+            prompt = json.dumps(spec.template, ensure_ascii=False)
             lines.append([spec.name, spec.kind, spec.metric, f"`{prompt}`", _counts(origin, spec.name)])
     return _table(lines)
 
@@ -159,7 +159,8 @@ def _cell(score: dict[str, Any] | None) -> str:
 
 def _table(lines: list[list[str]]) -> str:
     """Returns Markdown's table; its first line is the header."""
-    header, *others = [f"| {' | '.join(cells)} |" for cells in lines]
+    escaped = [[cell.replace("|", "\\|") for cell in cells] for cells in lines]
+    header, *others = [f"| {' | '.join(cells)} |" for cells in escaped]
     return "\n".join([header, f"|{'---|' * len(lines[0])}", *others])
 
 

@@ -173,7 +173,7 @@ def _refuse(
     if dynamic and approximate is None:
         raise ValueError(
             f"to: {type(module).__name__} cannot be merged or exported as a LoRA: its cores depend on the input; use "
-            "approximate task (or cluster) for their mean over real rows, with its error told, or to adapter"
+            "--approximate task (or cluster) for their mean over real rows, with its error told, or --to adapter"
         )
 
 

@@ -18,7 +18,7 @@ class Origin(NamedTuple):
     lacking: str = "no run is known"
     """Why there are no data."""
     results: dict[str, Any] | None = None
-    """The content of results.json."""
+    """What a test of the checkpoint wrote."""
 
     def rows(self, split: Split, task: str | None, count: int) -> list[EncodedRow]:
         """Returns rows of a split, evenly spread over it.
@@ -55,26 +55,33 @@ def origin_of(checkpoint: str | Path, tasks: Sequence[str], backbone: str | None
         tasks: the checkpoint's, which must be the run's.
         backbone: where the backbone's files lie, if not where they lay in training.
     """
-    path = Path(checkpoint)
+    path = Path(checkpoint).absolute()
     folder = path if path.is_dir() else path.parent.parent
-    config = folder / "config.yaml"
+    config, results = folder / "config.yaml", _results(folder, path)
     if not config.is_file():
-        return Origin(lacking=f"'{config}' is no file", results=_results(folder))
+        return Origin(lacking=f"'{config}' is no file", results=results)
     moved = [] if backbone is None else [f"--model.init_args.backbone.init_args.name={backbone}"]
     try:
         data = load_data_module(["--config", str(config), *moved])
         found = [spec.name for spec in data.specs]
         if found != list(tasks):
-            return Origin(lacking=f"'{config}' has tasks {found}", results=_results(folder))
+            return Origin(lacking=f"'{config}' has tasks {found}", results=results)
         data.rows("validation")
     except (ValueError, OSError) as error:
-        return Origin(lacking=str(error), results=_results(folder))
-    return Origin(data, "", _results(folder))
+        return Origin(lacking=str(error), results=results)
+    return Origin(data, "", results)
 
 
-def _results(folder: Path) -> dict[str, Any] | None:
-    """Reads the results of the test that followed the fit; None where there are none, or no whole ones."""
-    try:
-        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def _results(folder: Path, checkpoint: Path) -> dict[str, Any] | None:
+    """Reads what the test after the fit found, or a later one of this checkpoint; None where there is nothing whole.
+
+    The fit tests its best checkpoint, or without one the last weights: no other has these results.
+    """
+    for name in ("results.json", f"results.test-{checkpoint.stem}.json"):
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if checkpoint == folder or Path(found.get("checkpoint") or "last.ckpt").name == checkpoint.name:
+            return found
+    return None

@@ -102,6 +102,11 @@ def _starts(module: LoRA | MoRE | TRex, lora: Lora, where: str) -> dict[str, Ten
     Raises:
         ValueError: too many ranks, or cores that cannot be made so; nothing is changed.
     """
+    if isinstance(module, TRex) and not module.rank1:
+        raise ValueError(
+            f"{where} cannot be the start of mix_and_match: while its routers know nothing, all its pairs together "
+            "make a matrix of rank one; set mode: rank1, or start a LoRA, a MoRE or a TTLoRA"
+        )
     for slot, update in lora.updates.items():
         rank, here = len(update.a), module.adapted[slot].factors.rank_in
         if rank > here:
@@ -146,11 +151,6 @@ def _lead(selector: RankSelector, module: MoRE) -> None:
 
 def _uniform_gates(module: TRex, where: str) -> dict[str, Tensor]:
     """Lets every router begin without a preference, and without the prior's part."""
-    if not module.rank1:
-        raise ValueError(
-            f"{where} cannot be the start of mix_and_match: while its routers know nothing, all its pairs together "
-            "make a matrix of rank one; set mode: rank1, or start a LoRA, a MoRE or a TTLoRA"
-        )
     if module.top_k is not None:
         raise ValueError(f"{where} cannot be the start where top_k drops experts; leave top_k out")
     if module.clusters == module.r1:

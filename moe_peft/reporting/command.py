@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from moe_peft.reporting.comparison import check_alike
 from moe_peft.reporting.comparison_page import write_comparison
 from moe_peft.reporting.page import write_report
 from moe_peft.reporting.run import Run
@@ -39,9 +40,13 @@ def report(
     if rows is not None and rows < 1:
         raise ValueError(f"rows: {rows} is below 1; give the rows of every task to record")
     runs = [Run(folder) for folder in folders]
+    check_alike(runs)
     if rebuild:
         from moe_peft.routing.rebuild import record_run
+        from moe_peft.runs import find_checkpoint
 
+        for folder in folders:  # all of them, before the first is recorded
+            find_checkpoint(folder)
         record = record_run if rows is None else partial(record_run, rows_per_task=rows)
         for folder in folders:
             record(folder, backbone=backbone)

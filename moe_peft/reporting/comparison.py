@@ -10,6 +10,7 @@ ASIDE = ("seed_everything", "ckpt_path", "weights_only", "results", "predictions
 """Sections of a configuration that say where a run lies or how often it was repeated, not what was trained."""
 ASIDE_OF_TRAINER = ("default_root_dir", "logger", "enable_progress_bar", "enable_model_summary")
 MOST_DIFFERENCES = 3
+"""That a label names, unless it takes more to tell two contestants apart."""
 REFERENCES = ("majority", "base")
 
 
@@ -139,10 +140,11 @@ def label(plain: Mapping[str, str], run: Run, groups: Sequence[tuple[Mapping[str
     ]
     if not differing:
         return run.method
-    shown = [
-        f"{name.removeprefix('model.').removeprefix('data.')} {plain.get(name, 'unset')}"
-        for name in differing[:MOST_DIFFERENCES]
-    ]
+    names = differing[:MOST_DIFFERENCES]
+    for other in rivals:  # no two labels may be equal
+        if all(other.get(name) == plain.get(name) for name in names):
+            names.append(next(name for name in differing if other.get(name) != plain.get(name)))
+    shown = [f"{name.removeprefix('model.').removeprefix('data.')} {plain.get(name, 'unset')}" for name in names]
     more = len(differing) - len(shown)
     return f"{run.method} ({', '.join(shown)}{f', {more} more' if more else ''})"
 

@@ -11,8 +11,8 @@ from moe_peft.reporting.comparison_pictures import learning, routers, scores
 from moe_peft.reporting.drawing import Picture, drawing
 from moe_peft.reporting.files import PICTURES, as_csv, write_page
 from moe_peft.reporting.html import Raw, Section, code, paragraph, sentence
-from moe_peft.reporting.page import duration, many
 from moe_peft.reporting.run import Run
+from moe_peft.reporting.words import duration, many
 
 ROWS = {"majority": "majority class", "base": "untouched base"}
 
@@ -128,7 +128,7 @@ def run_table(found: Sequence[Contestant]) -> Raw:
                     "none" if run.seed is None else run.seed,
                     "n/a" if not isinstance(mean, float) else f"{100 * mean:.1f}",
                     "unknown" if seconds is None else duration(seconds),
-                    "finished" if run.finished else f"unfinished, step {run.steps:,}",
+                    "finished" if run.finished else f"unfinished, step {run.steps or 0:,}",
                 ]
             )
     return html.table("runs", ["run", "contestant", "seed", "mean", "training", ""], rows)

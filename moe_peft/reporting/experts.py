@@ -111,8 +111,11 @@ def _scale(values: np.ndarray, experts: int, outliers: float = 0.0) -> tuple[flo
 
 
 def _share_key(sheet: Sheet, left: float, experts: int, top: float, gamma: float, clipped: bool = False) -> None:
-    even, full = 1 / experts, f"{100 * top:.2g}{' or more' if clipped else ''}"
-    marks = {0.0: "0", even: f"even {100 * even:.2g}", top: full} if even < top else {0.0: "0", top: full}
+    def percent(value: float) -> str:
+        return f"{100 * value:.0f}" if value >= 0.1 else f"{100 * value:.2g}"
+
+    even, full = 1 / experts, f"{percent(top)}{' or more' if clipped else ''}"
+    marks = {0.0: "0", even: f"even {percent(even)}", top: full} if even < top else {0.0: "0", top: full}
     key(sheet, left, sheet.height - 0.3, marks, top, "% of the task's weight", gamma)
 
 

@@ -1,7 +1,7 @@
 """The page's parts as HTML: one file with its own style, no script, nothing from elsewhere. All names are escaped."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from string import Template
 from typing import NamedTuple
@@ -42,6 +42,10 @@ class Section(NamedTuple):
     anchor: str
     title: str
     blocks: Sequence[Raw]
+
+
+Shown = Callable[[Picture | None], list[Raw]]
+"""Takes a picture into a page, if there is one."""
 
 
 def text(value: object) -> str:

@@ -1,6 +1,6 @@
 """Pictures that belong to one method: MoRE's ranks, T-REX's gates and clusters, and the map of tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -9,6 +9,9 @@ from moe_peft.reporting.records import Cluster, Gate, Point, Rank, of_best_split
 from moe_peft.reporting.routers import row_shares
 from moe_peft.reporting.routing import grid
 from moe_peft.reporting.theme import HEAT, INK, MUTED, PAPER, SERIES
+
+PRIOR = "A prior weight near 1: the layer is routed by the sample's meaning, near 0: by each token"
+NO_PRIOR = "There is no prior: both gates scale what the router gives"
 
 
 def rank_table(ranks: Sequence[Rank]) -> Picture:
@@ -41,8 +44,13 @@ def rank_table(ranks: Sequence[Rank]) -> Picture:
     )
 
 
-def gates(records: Sequence[Gate]) -> Picture:
-    """Draws the prior's weight and the magnitude of every linear at the last step, and their way there."""
+def gates(records: Sequence[Gate], prior: bool = True) -> Picture:
+    """Draws both gates of every linear at the last step, and their way there.
+
+    Args:
+        records: of all steps.
+        prior: whether there is a prior, whose weight is 1 - omega; without one omega scales the router's part alone.
+    """
     step = max(own.step for own in records)
     last = [own for own in records if own.step == step]
     layout = grid([own.layer for own in last])
@@ -50,7 +58,9 @@ def gates(records: Sequence[Gate]) -> Picture:
     steps = sorted({own.step for own in records})
     history = len(steps) > 1
     sheet = Sheet(max(left + wide + 0.2, 6.5), 2 * (high + 0.42) + 0.65 + (1.9 if history else 0))
-    measures = {"prior weight 1 − ω": lambda own: 1 - own.omega, "magnitude m": lambda own: own.magnitude}
+    name, unit = ("prior weight 1 − ω", "1 − ω, m") if prior else ("token weight ω", "ω, m")
+    omega: Callable[[Gate], float] = (lambda own: 1 - own.omega) if prior else (lambda own: own.omega)
+    measures: dict[str, Callable[[Gate], float]] = {name: omega, "magnitude m": lambda own: own.magnitude}
     for panel, (title, value) in enumerate(measures.items()):
         axes = sheet.axes(left, 0.3 + (high + 0.42) * panel, wide, high)
         values = [value(own) for own in last]
@@ -67,15 +77,15 @@ def gates(records: Sequence[Gate]) -> Picture:
             axes.set_xlabel("step")
             axes.set_title(f"{title}, mean and range", fontsize=7.5)
             axes.grid(axis="y")
-    key(sheet, left, 2 * (high + 0.42) + 0.35, {0.0: "0", 0.5: "0.5", 1.0: "1"}, 1.0, "1 − ω, m")
+    key(sheet, left, 2 * (high + 0.42) + 0.35, {0.0: "0", 0.5: "0.5", 1.0: "1"}, 1.0, unit)
     return sheet.picture(
         "gates",
-        "How much each layer listens to the prior",
-        f"At step {step:,}, per kind of linear and block. A prior weight near 1: the layer is routed by the sample's "
-        "meaning, near 0: by each token; a magnitude near 0: the layer has switched its adapter off.",
-        f"Heat maps of prior weight and magnitude of {len(last)} linears.",
-        ["step", "layer", "prior_weight", "magnitude"],
-        [(own.step, own.layer, 1 - own.omega, own.magnitude) for own in records],
+        "How much each layer listens to the prior" if prior else "How far each layer has opened its gates",
+        f"At step {step:,}, per kind of linear and block. {PRIOR if prior else NO_PRIOR}; a magnitude near 0: the "
+        "layer has switched its adapter off.",
+        f"Heat maps of {name} and magnitude of {len(last)} linears.",
+        ["step", "layer", "prior_weight" if prior else "token_weight", "magnitude"],
+        [(own.step, own.layer, omega(own), own.magnitude) for own in records],
     )
 
 

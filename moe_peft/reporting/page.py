@@ -1,18 +1,19 @@
 """One run as a page: what there is to know first, then its numbers as pictures, then how it was made."""
 
-import shlex
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moe_peft.reporting import experts, html, methods, routers, training
 from moe_peft.reporting.drawing import Picture, drawing
 from moe_peft.reporting.files import PICTURES, write_page
-from moe_peft.reporting.html import Raw, Section, code, paragraph, sentence
+from moe_peft.reporting.html import Raw, Section, Shown, code, paragraph, sentence
+from moe_peft.reporting.results import results
 from moe_peft.reporting.routing import ALL, shares
 from moe_peft.reporting.run import Run
+from moe_peft.reporting.words import duration, many
 
-UNROUTED = ("LoRA", "TTLoRA")
 FINDINGS_AT_ONCE = 6
 
 
@@ -64,7 +65,7 @@ def heading(run: Run) -> list[Raw]:
     pairs = [
         ("tasks", len(run.tasks) or "unknown"),
         ("seed", "none" if run.seed is None else run.seed),
-        ("steps", f"{run.steps:,}"),
+        ("steps", "unknown" if run.steps is None else f"{run.steps:,}"),
         ("trainable parameters", "unknown" if parameters is None else f"{parameters:,}"),
         ("training took", "unknown" if seconds is None else duration(seconds)),
         ("version", f"moe_peft {results.get('versions', {}).get('moe_peft', 'unknown')}"),
@@ -75,35 +76,23 @@ def heading(run: Run) -> list[Raw]:
         html.facts(pairs),
     ]
     if not run.finished:
-        after = f"; its last logged step is {run.steps:,}" if run.metrics else ""
-        resume = f"python -m moe_peft fit --config {place(run)}/config.yaml --ckpt_path last"
+        after = "" if run.steps is None else f"; its last logged step is {run.steps:,}"
+        resume = f"python -m moe_peft fit --config {run.place}/config.yaml --ckpt_path last"
         warning = "<strong>Unfinished</strong>: this run has no results.json{}. Go on with {}."
         head.append(Raw(f'<div class="banner">{sentence(warning, after, code(resume))}</div>'))
     return head
 
 
-def duration(seconds: float) -> str:
-    """A time as people say it."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
-
-
 def rebuild(run: Run) -> Raw:
     """The command that makes up for routing that was not recorded."""
-    return code(f"python tools/report.py --rebuild {place(run)}")
-
-
-def place(run: Run) -> str:
-    """The run's folder as a shell reads it."""
-    return shlex.quote(str(run.folder))
+    return code(f"python tools/report.py --rebuild {run.place}")
 
 
 def findings(run: Run) -> list[Raw]:
     """Dead experts and collapsed routers, in words."""
     if run.findings is None:
-        if run.method in UNROUTED:
-            return [paragraph(f"{run.method} has one adapter for all tasks: no experts, nothing to route.", "absent")]
+        if run.unrouted:
+            return [paragraph(run.unrouted, "absent")]
         words = "Whether experts are dead or routers have collapsed is not known; {} finds out from the checkpoint."
         return [paragraph(sentence(words, rebuild(run)), "absent")]
     if not run.findings:
@@ -133,64 +122,9 @@ def counted(found: Sequence[dict[str, Any]]) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def many(count: int, what: str) -> str:
-    """A number of things."""
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
-
-
-Shown = Callable[[Picture | None], list[Raw]]
-
-
-def results(run: Run, shown: Shown) -> list[Raw]:
-    """The table of scores, and the same as a picture."""
-    if run.results is None:
-        words = "There are no results: the run was not tested. {} tests its last checkpoint."
-        test = (
-            f"python -m moe_peft test --config {place(run)}/config.yaml --ckpt_path {place(run)}/checkpoints/last.ckpt"
-        )
-        return [paragraph(sentence(words, code(test)), "absent")]
-    rows = {name: run.results["rows"].get(name) for name in ("base", "majority", "model")}
-    known = {name: row if isinstance(row, dict) else {"tasks": {}} for name, row in rows.items()}
-    lines: list[list[object]] = []
-    for task, score in run.scores.items():
-        about = sentence("{} <small>{}, {} rows</small>", task, score["metric"], f"{score['n']:,}")
-        lines.append([about, *(points(row["tasks"].get(task)) for row in known.values())])
-    lines.append(["mean", *(points(row, "mean") for row in known.values())])
-    blocks: list[Raw] = []
-    gain = run.results.get("paired", {}).get("model-base")
-    if isinstance(gain, dict):
-        blocks.append(
-            paragraph(
-                f"{run.method} against the untouched base: {signed(100 * gain['difference'])} points in the mean; two "
-                f"standard errors of the paired difference are {200 * gain['stderr']:.1f}."
-            )
-        )
-    blocks.append(html.table("results", ["", "base", "majority", run.method], lines, sums=1))
-    assert run.results_file is not None
-    words = "Points (100 is perfect) ± one standard error, from {}."
-    blocks.append(paragraph(sentence(words, code(run.results_file.name)), "note"))
-    notes: dict[str, list[str]] = {}
-    for task, note in run.results.get("notes", {}).items():
-        notes.setdefault(note, []).append(task)
-    blocks += [paragraph(f"{note}: {', '.join(tasks)}.", "note") for note, tasks in notes.items()]
-    return [*blocks, *shown(training.scores(run.results))]
-
-
-def signed(value: float) -> str:
-    """A difference, with the sign that typography has for it."""
-    return f"{value:+.1f}".replace("-", "−")
-
-
-def points(score: dict[str, Any] | None, name: str = "value") -> object:
-    """A score in points with its standard error."""
-    if score is None or not isinstance(score.get(name), float | int):
-        return "n/a"
-    return sentence("{} <small>±{}</small>", f"{100 * score[name]:.1f}", f"{100 * score['stderr']:.1f}")
-
-
 def expert_use(run: Run, shown: Shown) -> list[Raw]:
     """Which expert served which task, on the whole and layer by layer."""
-    if run.method in UNROUTED and not run.use:
+    if run.unrouted and not run.use:
         return []
     used = shares(run.use)
     if used is None:
@@ -207,28 +141,22 @@ def routing(run: Run, shown: Shown) -> list[Raw]:
     blocks: list[Raw] = []
     if run.summary:
         blocks += shown(experts.router_history(run.summary)) + shown(experts.layers_at_a_glance(run.summary))
-    own: list[tuple[str, Any, Callable[..., Picture], str]] = [
-        ("MoRE", run.ranks, methods.rank_table, "the ranks that each task chose"),
-        ("TRex", run.gates, methods.gates, "how much each layer listens to the prior"),
-        ("TRex", run.clusters, methods.cluster_occupancy, "which clusters of the prior hold which task"),
-        (
-            "TTLoRAMoE",
-            run.confusion[1:] and run.confusion,
-            routers.confusion,
-            "where the router sends each task's rows",
-        ),
-        ("TTLoRAMoE", run.confidence, routers.confidence, "how sure the router was"),
-        ("", run.points, methods.task_map, "a map of the tasks"),
+    prior, confusion = run.has_prior, run.confusion[1:] and run.confusion
+    own: list[tuple[bool, Any, Callable[..., Picture], str]] = [
+        (run.method == "MoRE", run.ranks, methods.rank_table, "the ranks that each task chose"),
+        (run.method == "TRex", run.gates, partial(methods.gates, prior=prior), "each layer's gates"),
+        (prior, run.clusters, methods.cluster_occupancy, "which clusters of the prior hold which task"),
+        (run.method == "TTLoRAMoE", confusion, routers.confusion, "where the router sends each task's rows"),
+        (run.method == "TTLoRAMoE", run.confidence, routers.confidence, "how sure the router was"),
+        (False, run.points, methods.task_map, "a map of the tasks"),
     ]
-    absent = []
-    for method, records, draw, what in own:
+    absent = [] if run.summary else ["entropy and mutual information"]
+    for wanted, records, draw, what in own:
         if records:
             blocks += shown(draw(records))
-        elif method == run.method:
+        elif wanted:
             absent.append(what)
-    if run.method not in UNROUTED and not run.summary:
-        absent.insert(0, "entropy and mutual information")
-    if absent:
+    if absent and not run.unrouted:
         blocks.append(paragraph(sentence("Not recorded: {}; {} writes it.", ", ".join(absent), rebuild(run)), "absent"))
     return blocks
 
@@ -237,6 +165,8 @@ def curves(run: Run, shown: Shown) -> list[Raw]:
     """The learning curves."""
     pictures = [*shown(training.losses(run)), *shown(training.learning_curves(run))]
     if not pictures:
+        if run.steps is not None:
+            return [paragraph("There are no curves in metrics.csv yet.", "absent")]
         words = "There is no metrics.csv: the run was logged elsewhere; leave {} out to have it."
         return [paragraph(sentence(words, code("trainer.logger")), "absent")]
     return pictures

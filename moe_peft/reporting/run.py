@@ -1,6 +1,7 @@
 """A run folder, read: what it was trained with, what it scored, what its routing was."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from moe_peft.reporting.records import (
     read_records,
 )
 
+UNROUTED = ("LoRA", "TTLoRA")
+"""Methods without a router, as far as is known before a run was tested."""
+
 
 class Run:
     """What a run folder holds; everything but its configuration may be absent.
@@ -38,7 +42,9 @@ class Run:
         self.config_text, self.config = self._read_config()
         self.results_file, self.results = self._read_results()
         routing = self.folder / "routing"
-        self.metrics = read_records(self.folder / "metrics.csv", Metric)
+        self._histories: dict[str, list[Metric]] = {}
+        for metric in read_records(self.folder / "metrics.csv", Metric):
+            self._histories.setdefault(metric.name, []).append(metric)
         self.use = latest(routing / "use.csv", Use)
         self.summary = read_records(routing / "summary.csv", Summary)
         self.gates = read_records(routing / "gates.csv", Gate)
@@ -131,9 +137,27 @@ class Run:
         return self.config.get("seed_everything") if self.results is None else self.results.get("seed")
 
     @property
-    def steps(self) -> int:
-        """The last step that was logged."""
-        return max((metric.step for metric in self.metrics), default=0)
+    def place(self) -> str:
+        """The folder as a shell reads it."""
+        return shlex.quote(str(self.folder))
+
+    @property
+    def unrouted(self) -> str:
+        """Why there is no routing to tell of; empty where there is one."""
+        if self.model.get("routing") == "oracle":
+            return f"This {self.method} sends every row to its own task's expert (routing: oracle): nothing to route."
+        unrouted = self.method in UNROUTED if self.results is None else not self.results.get("routes", True)
+        return f"{self.method} has no router: nothing decides who serves a row." if unrouted else ""
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether a semantic prior has a part in the routing."""
+        return bool(self.model.get("use_prior", self.method == "TRex"))
+
+    @property
+    def steps(self) -> int | None:
+        """The last step that was logged; None for none."""
+        return max((history[-1].step for history in self._histories.values()), default=None)
 
     @property
     def scores(self) -> dict[str, dict[str, Any]]:
@@ -144,11 +168,11 @@ class Run:
     def curves(self) -> dict[tuple[str, str], list[Metric]]:
         """The validation's metrics over training by task and metric, in the tasks' order."""
         found: dict[tuple[str, str], list[Metric]] = {}
-        for metric in self.metrics:
-            if metric.name.startswith("val/") and not metric.name.startswith("val/router/"):
-                task, _, kind = metric.name.removeprefix("val/").rpartition("/")
+        for name, history in self._histories.items():
+            if name.startswith("val/") and not name.startswith("val/router/"):
+                task, _, kind = name.removeprefix("val/").rpartition("/")
                 if task:
-                    found.setdefault((task, kind), []).append(metric)
+                    found[task, kind] = history
         return found
 
     @property
@@ -158,4 +182,4 @@ class Run:
 
     def history(self, name: str) -> list[Metric]:
         """One number's history."""
-        return [metric for metric in self.metrics if metric.name == name]
+        return self._histories.get(name, [])

@@ -8,6 +8,7 @@ from moe_peft.reporting.run import Run
 from moe_peft.reporting.theme import INK, MUTED, PAPER, SERIES, line_of
 
 ROWS = {"majority": "majority class", "base": "untouched base", "model": "model"}
+GAIN = "; a filled dot right of the hollow one, by more than the bars are long, is a gain over the untouched base"
 COLUMNS = 3
 
 
@@ -49,9 +50,8 @@ def scores(results: Mapping[str, Any]) -> Picture:
     return sheet.picture(
         "scores",
         "Scores",
-        f"Filled dots are {method}, with one standard error; a filled dot right of the hollow one, by more than the "
-        "bars are long, is a gain over the untouched base.",
-        f"Dot plot of {len(tasks)} tasks: majority class, untouched base and {method}.",
+        f"Filled dots are {method}, with one standard error{GAIN if 'base' in known else ''}.",
+        f"Dot plot of {len(tasks)} tasks: {', '.join(method if name == 'model' else ROWS[name] for name in known)}.",
         ["row", "task", "metric", "value", "stderr", "rows"],
         lines,
     )

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from moe_peft.callbacks.bar import drawing
@@ -107,12 +108,16 @@ def drawn(width, made, evaluation=None):
 TWENTY = {f"{name}{at}": 3.0 + at for at in range(4) for name in ("sst2", "arc_easy", "csqa", "openbookqa", "rte")}
 
 
-@pytest.mark.parametrize("tasks", [{"sst2": 3.9, "siqa": 4.4}, TWENTY], ids=["two tasks", "twenty"])
+WIDE = {f"情感分析{at}": 3.0 + at for at in range(20)}
+"""Letters of two columns each."""
+
+
+@pytest.mark.parametrize("tasks", [{"sst2": 3.9, "siqa": 4.4}, TWENTY, WIDE], ids=["two tasks", "twenty", "wide"])
 @pytest.mark.parametrize("stage", ["", "adapters, heads"])
 def test_no_line_is_wider_than_the_terminal(tasks, stage):
     for width in range(30, 200):
         lines = drawn(width, reading(tasks=tasks, stage=stage), Evaluation("validation", 3, 14, 5.0))
-        assert max(map(len, lines)) <= width, lines
+        assert max(map(cell_len, lines)) <= width, lines
         assert "40/120" in lines[0] and "loss 4.12" in lines[1] and "3/14" in lines[-1]
         assert len(lines) <= 9
 

@@ -72,6 +72,8 @@ class TREX(LightningModule):
     def routing_notes(self):
         return {}
 
+    routes = True
+
     def trainable_parameters(self):
         return 2
 

@@ -12,7 +12,7 @@ from moe_peft.callbacks.routing_report import RoutingReport
 from moe_peft.cli import run
 from moe_peft.routing.rebuild import record_run, step_of
 from tests.routing.tiny_routing import COLLAPSED, DEAD, information, recount, reporting, table
-from tests.tiny_fits import lora, retest
+from tests.tiny_fits import fit_of, lora, retest
 from tests.tiny_kills import finish, start
 from tests.tiny_runs import files, metrics, recorded, results, world  # noqa: F401  (a fixture)
 
@@ -29,12 +29,7 @@ def planted(world):  # noqa: F811
     return config
 
 
-@pytest.fixture(scope="module")
-def faulty(world, tmp_path_factory):  # noqa: F811
-    """Its run folder; treat as read-only."""
-    folder = tmp_path_factory.mktemp("faulty") / "run"
-    world.fit(folder, planted(world))
-    return folder
+faulty = fit_of(planted)
 
 
 # ---- what it must show ----------------------------------------------------------------------------------------------

@@ -51,6 +51,13 @@ def test_a_fit_ends_with_what_there_is(fitted):
     assert [path.name for path in paths(again["results"])] == ["results.json", "predictions.jsonl"]
 
 
+def test_a_fit_without_a_best_checkpoint_names_its_last(fitted):
+    folder, _ = fitted
+    (folder / "checkpoints" / "best.ckpt").unlink()
+    entries = dict(summary.fit_entries(folder))
+    assert entries["test again"].endswith("last.ckpt'") and {"export", "report"} <= entries.keys()
+
+
 def test_the_test_it_names_runs_and_ends_with_its_own_files(fitted, capsys):
     folder, entries = fitted
     run(shlex.split(entries["test again"])[3:])
@@ -62,6 +69,12 @@ def test_the_test_it_names_runs_and_ends_with_its_own_files(fitted, capsys):
     ]  # fmt: skip
     rows = [json.loads((folder / name).read_text())["rows"] for name in ("results.json", "results.test-best.json")]
     assert rows[0] == rows[1]
+
+
+def test_a_resumed_fit_without_a_step_left_ends_with_what_there_is_too(fitted, capsys):
+    folder, entries = fitted
+    run(["fit", f"--config={folder}/config.yaml", "--ckpt_path=last"])
+    assert said(capsys.readouterr().out) == entries
 
 
 @pytest.mark.parametrize("name", ["export", "report"])

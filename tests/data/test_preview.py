@@ -1,6 +1,3 @@
-import runpy
-import sys
-
 import pytest
 import yaml
 
@@ -95,12 +92,13 @@ def test_shipped_mixture_is_instantiated(file, tmp_path):
     assert len(data.sources) >= 2
 
 
-def test_tool_ends_in_one_line_on_a_users_mistake(tmp_path, monkeypatch):
-    tool = runpy.run_path(str(ROOT / "tools" / "preview_mix.py"))
-    monkeypatch.setattr(sys, "argv", ["preview_mix.py", "--config", str(tmp_path / "none.yaml")])
-    with pytest.raises(SystemExit) as end:
-        tool["main"]()
-    assert str(end.value).startswith("error: config: ") and "\n" not in str(end.value)
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(["--config", "none.yaml"], "config: "), (["--batches", "0"], "batches: 0 is below 1; give the global batches")],
+)
+def test_tool_ends_in_one_line_on_a_users_mistake(run_tool, given, expected):
+    status, out, errors = run_tool("preview_mix", *given)
+    assert (status, out, len(errors)) == (2, [], 1) and errors[0].startswith(f"error: {expected}")
 
 
 def test_bad_argument_is_one_line(run_config, tmp_path):

@@ -10,7 +10,7 @@ import yaml
 
 import moe_peft
 from moe_peft.backbones import CausalLM
-from moe_peft.interop.card import hub_id
+from moe_peft.interop.card import _table, hub_id
 from moe_peft.interop.export import export
 from moe_peft.interop.origin import Origin, origin_of
 from moe_peft.interop.parity import random_rows
@@ -126,6 +126,33 @@ def test_what_the_run_knows_is_in_the_card(world, tmp_path):  # noqa: F811
     assert "| next | multiple_choice | accuracy |" in text and "| 24 / 5 / 9 |" in text and "| tone |" not in text
     score = json.loads((folder / "results.json").read_text())["rows"]["model"]["tasks"]["next"]
     assert f"| model | {100 * score['value']:.1f} ±{100 * score['stderr']:.1f} |" in text and "| base | " in text
+
+
+def test_results_are_those_of_the_checkpoint_that_was_named(world, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "checkpoints").mkdir()
+    world.write(tmp_path / "config.yaml", world.config())
+    for name in ("best", "last", "own"):
+        (tmp_path / "checkpoints" / f"{name}.ckpt").touch()
+
+    def write(name, checkpoint):
+        (tmp_path / name).write_text(json.dumps({"checkpoint": checkpoint, "rows": {}}))
+
+    def tested(checkpoint):
+        found = origin_of(checkpoint, ["tone", "next"])
+        assert found.lacking == ""
+        return found.results and found.results["checkpoint"]
+
+    write("results.json", "/elsewhere/checkpoints/best.ckpt")
+    write("results.test-own.json", "/elsewhere/checkpoints/own.ckpt")
+    monkeypatch.chdir(tmp_path / "checkpoints")
+    wanted = {"best.ckpt": "best.ckpt", "last.ckpt": None, "own.ckpt": "own.ckpt", str(tmp_path): "best.ckpt"}
+    assert {name: tested(name) and tested(name).rpartition("/")[2] for name in wanted} == wanted
+    write("results.json", None)  # a fit that kept no best checkpoint
+    assert origin_of("last.ckpt", ["tone", "next"]).results == {"checkpoint": None, "rows": {}}
+
+
+def test_a_bar_in_a_name_opens_no_cell():
+    assert _table([["task", "n"], ["a|b", "1"]]).splitlines()[2] == "| a\\|b | 1 |"
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from moe_peft.layers.tensor_train import reconstruct
 from moe_peft.methods.expert_rows import expert_rows
 from moe_peft.methods.lora import LoRA
 from moe_peft.methods.tt_lora import TTLoRA
-from tests.methods.tiny_tt import TASKS, alone, blank, rows_for, with_tasks
-from tests.tiny import build, output, randomise, tiny_backbone
+from tests.methods.tiny_tt import TASKS, alone, blank, experts_come_alive, rows_for, with_tasks
+from tests.tiny import build, randomise, tiny_backbone
 from tests.tiny_checkpoints import backbones, save, trained  # noqa: F401  (a fixture)
 
 KINDS = ["causal", "seq2seq", "classifier"]
@@ -25,15 +25,7 @@ BY_CLS = tiny_backbone("classifier", pooling="cls")
 
 def mixture(kind="causal", seed=7, **options):
     """Three random experts that all act, and a router."""
-    module = blank(kind, **options)
-    randomise(module, seed)
-    batch = rows_for(kind)
-    with torch.no_grad(), module.context.disabled():
-        bare = output(module, batch)
-    with torch.no_grad():
-        moved = (output(module, batch) - bare).abs().flatten(1).amax(1)
-    assert moved.min() > 1e-3, "an expert does not move the output of its rows"
-    return module.eval()
+    return experts_come_alive(blank(kind, **options), rows_for(kind), seed).eval()
 
 
 def losses(module, kind, task):

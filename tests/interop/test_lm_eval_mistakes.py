@@ -26,6 +26,20 @@ def adapters(backbones, tmp_path_factory):
     }
 
 
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs a command that must end with status 2 and one line; returns that line."""
+
+    def fail(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, *arguments)
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert stop.value.code == 2 and len(lines) == 1, lines
+        return lines[0]
+
+    return fail
+
+
 @pytest.mark.parametrize(
     ("arguments", "task", "message"),
     [
@@ -53,34 +67,23 @@ def adapters(backbones, tmp_path_factory):
         ("adapter={LoRA}", "gone", "Tasks not found: gone"),
     ],
 )
-def test_a_mistake_is_one_line(adapters, tasks, tmp_path, monkeypatch, capsys, arguments, task, message):
-    given = arguments.format(root=tmp_path, **adapters)
-    with pytest.raises(SystemExit) as stop:
-        run(
-            monkeypatch,
-            *("run", "--model", "moe_peft", "--model_args", *given.split()),
-            *("--tasks", tasks.get(task, task), "-o", tmp_path / "out"),
-        )
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert stop.value.code == 2 and len(lines) == 1, lines
-    assert message in lines[0] and not list(tmp_path.iterdir())
+def test_a_mistake_is_one_line(adapters, tasks, tmp_path, refused, arguments, task, message):
+    given = arguments.format(root=tmp_path, **adapters).split()
+    asked = ("--tasks", tasks.get(task, task), "-o", tmp_path / "out")
+    assert message in refused("run", "--model", "moe_peft", "--model_args", *given, *asked)
+    assert not list(tmp_path.iterdir())
 
 
-def test_no_room_beside_what_is_to_be_written(adapters, tmp_path, monkeypatch, capsys):
+def test_no_room_beside_what_is_to_be_written(adapters, tmp_path, refused):
     write_tasks(
         [write_task(tmp_path / "count", {"test": text_rows(3)}, "generation", metric="exact_match")], tmp_path / "y"
     )
     given = ["--model_args", f"adapter={adapters['LoRA']},max_length=20", "--gen_kwargs", "max_gen_toks=20"]
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "run", "--model", "moe_peft", *given, "--tasks", tmp_path / "y" / "count.yaml")
-    assert stop.value.code == 2
-    assert "max_gen_toks: 20 new tokens leave no room for a prompt in max_length=20" in capsys.readouterr().err
+    line = refused("run", "--model", "moe_peft", *given, "--tasks", tmp_path / "y" / "count.yaml")
+    assert "max_gen_toks: 20 new tokens leave no room for a prompt in max_length=20" in line
 
 
-def test_without_lm_eval_the_command_says_what_to_install(monkeypatch, capsys):
+def test_without_lm_eval_the_command_says_what_to_install(monkeypatch, refused):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "run")
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: lm-eval is not installed: pip install 'lightning-moe-peft[lm-eval]'\n"
+    assert refused("run") == "error: lm-eval is not installed: pip install 'lightning-moe-peft[lm-eval]'"

@@ -118,7 +118,8 @@ def test_the_tool_writes_a_file_per_task_and_copies_no_rows(tmp_path, run_tool):
             {"template": "{text:>9}"},
             r"template '\{text:>9\}' formats \{text\}, which has no like in Jinja",
         ),
-        ({"name": "b"}, "two folders hold a task called 'b'; leave one out"),
+        ({"name": "b"}, "two folders hold a task of which 'b.yaml' would be written; leave one out"),
+        ({"name": "a/b", "other": "a_b"}, "two folders hold a task of which 'a_b.yaml' would be written; leave"),
         ({"out": "a"}, "out: '.*a' exists and is not an empty folder"),
         ({"kind": "regression", "metric": "pearson", "rows": value_rows(3)}, "task 'a' asks for numbers"),
     ],
@@ -127,7 +128,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, run_tool, change, me
     given = {"kind": "classification", "metric": "accuracy", "template": "{text} :", "name": "a"} | change
     task = {name: given[name] for name in ("template", "metric", "name")}
     write_task(tmp_path / "a", {"test": given.get("rows", class_rows(3))}, given["kind"], **task)
-    write_task(tmp_path / "b", {"test": class_rows(3)})
+    write_task(tmp_path / "b", {"test": class_rows(3)}, name=given.get("other", "b"))
     before = sorted(tmp_path.rglob("*"))
     folders = [tmp_path / given.get("folder", "a"), tmp_path / "b"]
     out, split = tmp_path / given.get("out", "out"), given.get("split", "test")

@@ -47,15 +47,18 @@ def blank(kind: str = "causal", **options: Any) -> TTLoRAMoE:
     return build(TTLoRAMoE, kind, **{"tasks": TASKS, "rank": 3, "alpha": 1.0} | options)
 
 
-def moe(
-    kind: str = "causal", scale: float = 0.3, trained: bool = True, straight_through: bool = False, **options: Any
-) -> TTLoRAMoE:
-    """A TT-LoRA MoE in eval mode and fp64 whose every expert, head and score is random and proved to act."""
-    module = exact(blank(kind, **options))
-    randomise(module, scale=scale)
-    batch = rows_for(kind)
+def experts_come_alive(module: Any, batch: Batch, seed: int = 1, scale: float = 0.3) -> Any:
+    """Randomises all experts, heads and the router, and proves that each acts on its rows and learns from its own loss.
+
+    Args:
+        module: a TT-LoRA MoE in training mode.
+        batch: rows of every task.
+        seed: of the numbers.
+        scale: of the numbers.
+    """
+    randomise(module, seed, scale)
     with torch.no_grad():
-        adapted = output(module.train(), batch)
+        adapted = output(module, batch)
         with module.context.disabled():
             bare = output(module, batch)
     assert ((adapted - bare).abs().flatten(1).amax(1) > 1e-3).all(), "an expert does not move the output of its rows"
@@ -64,8 +67,17 @@ def moe(
     for name, parameter in module.named_parameters():
         assert parameter.requires_grad == (parameter.grad is not None), name
         if parameter.grad is not None:
-            assert (parameter.grad.flatten(1).abs().amax(1) > 0).all() if parameter.dim() > 1 else True, name
+            own = parameter.grad.flatten(1) if parameter.dim() > 1 else parameter.grad[None]
+            assert (own.abs().amax(1) > 0).all(), f"no gradient at a part of {name}"
     module.zero_grad(set_to_none=True)
+    return module
+
+
+def moe(
+    kind: str = "causal", scale: float = 0.3, trained: bool = True, straight_through: bool = False, **options: Any
+) -> TTLoRAMoE:
+    """A TT-LoRA MoE in eval mode and fp64 whose every expert, head and score is random and proved to act."""
+    module = experts_come_alive(exact(blank(kind, **options)), rows_for(kind), scale=scale)
     module.router_trained.fill_(trained)
     module.straight_through = straight_through
     return module.eval()

@@ -34,6 +34,14 @@ def test_contestants_of_one_method_are_told_apart_by_their_settings(tmp_path):
     assert [one.label for one in contestants([Run(toy.folder) for toy in toys[:2]])] == ["TRex (r1 4)", "TRex (r1 8)"]
 
 
+def test_no_two_contestants_have_the_same_label(tmp_path):
+    base = dict.fromkeys("abcd", 1)
+    models = [base, base | {"d": 2}, dict.fromkeys("abcd", 2)]
+    toys = [ToyRun(tmp_path / str(at), model=model).write() for at, model in enumerate(models)]
+    labels = [one.label for one in contestants([Run(toy.folder) for toy in toys])]
+    assert labels == ["TRex (a 1, b 1, c 1, d 1)", "TRex (a 1, b 1, c 1, d 2)", "TRex (a 2, b 2, c 2, 1 more)"]
+
+
 def test_mean_and_spread_are_those_of_the_results(runs, tmp_path):
     write_comparison(runs, tmp_path / "out")
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())

@@ -2,6 +2,7 @@
 
 import csv
 import html
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -129,6 +130,25 @@ def test_the_table_shows_points_with_a_standard_error(reports):
         base = run.results["rows"]["base"]["tasks"][task]["value"]
         assert re.search(rf"{task} accuracy, 250 rows {100 * base:.1f} ±3.0 .* {100 * score['value']:.1f} ±3.0", text)
     assert "against the untouched base: +7.7 points in the mean; two standard errors of the paired difference" in text
+    assert "against the majority class: −1.2 points in the mean; two standard errors of the paired difference" in text
+
+
+def test_without_the_base_nothing_is_said_of_it(tmp_path):
+    toy = ToyRun(tmp_path / "run").write()
+    content = json.loads((toy.folder / "results.json").read_text())
+    content["rows"]["base"] = content["paired"]["model-base"] = "n/a"
+    (toy.folder / "results.json").write_text(json.dumps(content))
+    text = Reader(write_report(Run(toy.folder)).read_text(encoding="utf-8")).text
+    assert "untouched base" not in text and "against the majority class" in text
+
+
+def test_the_key_of_expert_use_is_in_plain_percent(tmp_path):
+    toy = ToyRun(tmp_path / "run", "TTLoRAMoE").write()
+    with (toy.folder / "routing" / "use.csv").open(newline="") as file:
+        rows = [row | {"weight": row["chosen"]} for row in csv.DictReader(file)]
+    toy.table("routing/use.csv", ",".join(rows[0]), [list(row.values()) for row in rows])
+    text = Reader(write_report(Run(toy.folder)).read_text(encoding="utf-8")).text
+    assert "0 even 25 100 % of the task's weight" in text
 
 
 def test_the_curves_are_those_of_metrics_csv(reports):
@@ -146,6 +166,17 @@ def test_the_prior_s_weight_is_one_minus_omega(reports):
     with (toy.folder / "routing" / "gates.csv").open(newline="") as file:
         recorded = [1 - float(row["omega"]) for row in csv.DictReader(file)]
     assert [float(row["prior_weight"]) for row in numbers(toy.folder, "gates")] == pytest.approx(recorded)
+
+
+def test_without_a_prior_the_gates_are_shown_as_they_are_and_no_clusters_are_missed(tmp_path):
+    toy = ToyRun(tmp_path / "run", model={"use_prior": False}).write()
+    (toy.folder / "routing" / "clusters.csv").unlink()
+    reader = Reader(write_report(Run(toy.folder)).read_text(encoding="utf-8"))
+    assert reader.figures == PICTURES["TRex"] - {"clusters"}
+    assert "Not recorded" not in reader.text and "rior weight" not in reader.text
+    with (toy.folder / "routing" / "gates.csv").open(newline="") as file:
+        recorded = [float(row["omega"]) for row in csv.DictReader(file)]
+    assert [float(row["token_weight"]) for row in numbers(toy.folder, "gates")] == pytest.approx(recorded)
 
 
 def test_the_router_s_bands_hold_all_layers(reports):
@@ -195,70 +226,6 @@ def test_hostile_names_are_text_everywhere(tmp_path, method):
     shown = {html.unescape(text) for text in re.findall(r"<text [^>]*>([^<]*)</text>", page)}
     assert shown >= {" ".join(name.split()) for name in HOSTILE[1:3]}  # the others are cut, for they are long
     assert {row["task"] for row in numbers(toy.folder, "scores")} == {*HOSTILE, "mean"}
-
-
-def test_a_run_that_holds_nothing_yet_says_what_is_not_there_and_how_to_get_it(tmp_path):
-    toy = ToyRun(tmp_path / "my run")
-    toy.config()
-    reader = Reader(write_report(Run(toy.folder)).read_text(encoding="utf-8"))
-    assert reader.figures == set()
-    assert "Unfinished : this run has no results.json. Go on with" in reader.text
-    assert f"python -m moe_peft fit --config '{toy.folder}'/config.yaml --ckpt_path last" in reader.text
-    assert "No routing was recorded, so there is no picture of who serves which task" in reader.text
-    assert f"python tools/report.py --rebuild '{toy.folder}' makes it." in reader.text
-    assert "Not recorded: entropy and mutual information, how much each layer listens to the prior, wh" in reader.text
-    assert "There are no results: the run was not tested." in reader.text
-    assert "There is no metrics.csv" in reader.text
-
-
-@pytest.mark.parametrize(
-    ("method", "absent", "gone"),
-    [
-        ("TRex", "routing/use.csv", {"expert_use", "expert_use_by_layer"}),
-        ("TRex", "routing/summary.csv", {"router_history", "layers"}),
-        ("TRex", "routing/gates.csv", {"gates"}),
-        ("TRex", "routing/clusters.csv", {"clusters"}),
-        ("TRex", "routing/embedding.csv", {"task_map"}),
-        ("TRex", "routing/findings.json", set()),
-        ("TRex", "metrics.csv", {"losses", "learning_curves"}),
-        ("TRex", "results.json", {"scores"}),
-        ("TTLoRAMoE", "routing/confidence.csv", {"router_confidence"}),
-    ],
-)
-def test_each_file_may_be_absent_by_itself(tmp_path, method, absent, gone):
-    toy = ToyRun(tmp_path / "run", method).write()
-    (toy.folder / absent).unlink()
-    reader = Reader(write_report(Run(toy.folder)).read_text(encoding="utf-8"))
-    assert reader.figures == PICTURES[method] - gone
-    assert ("Unfinished" in reader.text) == (absent == "results.json")
-
-
-def test_more_without_rank_report_has_its_ranks_from_the_routing(tmp_path):
-    toy = ToyRun(tmp_path / "run", "MoRE").write()
-    (toy.folder / "routing" / "ranks.csv").unlink()
-    reader = Reader(write_report(Run(toy.folder)).read_text(encoding="utf-8"))
-    assert reader.figures == PICTURES["MoRE"]
-    with (toy.folder / "routing" / "use.csv").open(newline="") as file:
-        used = [row for row in csv.DictReader(file) if row["split"] == "test" and row["chosen"] == "1"]
-    recorded = {(row["task"], row["layer"]): row["expert"] for row in used}
-    rows = numbers(toy.folder, "rank_table")
-    assert {(row["task"], row["linear"]): f"r{row['rank']}" for row in rows} == recorded
-    assert len(rows) == len(recorded) == 3 * 12
-
-
-def test_a_router_without_its_confusion_table_has_it_from_the_routing(tmp_path):
-    toy = ToyRun(tmp_path / "run", "TTLoRAMoE").write()
-    (toy.folder / "routing" / "confusion.csv").unlink()
-    reader = Reader(write_report(Run(toy.folder)).read_text(encoding="utf-8"))
-    assert reader.figures == PICTURES["TTLoRAMoE"]
-    rows = {(row["task"], row["expert"]): float(row["rows"]) for row in numbers(toy.folder, "router_confusion")}
-    assert rows == {(task, expert): 100.0 * (task == expert) for task in TASKS for expert in [*TASKS, "none"]}
-
-
-def test_lora_says_that_it_routes_nothing(reports):
-    text = Reader((reports["LoRA"].folder / "report.html").read_text(encoding="utf-8")).text
-    assert "LoRA has one adapter for all tasks: no experts, nothing to route." in text
-    assert "rebuild" not in text
 
 
 def test_a_run_of_real_size_stays_small(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ GOOD = [f"--config={ROOT}/configs/{part}.yaml" for part in ("paper/trex", "bases
     ("given", "expected"),
     [
         ([*GOOD, "--nope=3"], "unrecognized arguments: --nope=3"),
-        ([*GOOD, "--model=TRexx"], "model: there is no class 'TRexx'; use LoRA, MoRE, TRex"),
+        ([*GOOD, "--model=TRexx"], "model: there is no class 'TRexx'; use AdapterFusion, Adapters, ContextPEFT, "),
         ([*GOOD, "--model.backbone=Causal"], "model.backbone: there is no class 'Causal'; use CausalLM, Classifier"),
         ([*GOOD, "--model.rnak=3"], "model: TRex has no argument 'rnak'; it has r1, r2"),
         ([*GOOD, "--model.r1=many"], "model.r1: 'many' is not accepted; use int"),

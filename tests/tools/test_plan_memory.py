@@ -8,7 +8,7 @@ from tests.conftest import ROOT
 
 METHOD = [f"--config={ROOT}/configs/{part}.yaml" for part in ("bases/minilm-l6", "classify-lora")]
 GOOD = [METHOD[0], f"--config={ROOT}/configs/data/classification.yaml", METHOD[1], "--gpus=2"]
-DECODER = [f"--config={ROOT}/configs/{part}.yaml" for part in ("bases/smollm2-135m", "trex")]
+DECODER = [f"--config={ROOT}/configs/{part}.yaml" for part in ("bases/smollm2-135m", "methods/trex")]
 
 
 def test_the_tool_prints_a_table_and_json_last(run_tool):

@@ -30,6 +30,24 @@ def test_several_runs_are_compared(tmp_path, run_tool):
     assert (status, out, errors) == (0, [f"Written to {tmp_path}/out/comparison.html."], [])
 
 
+def test_nothing_is_recorded_anew_of_runs_that_cannot_all_be(tmp_path, run_tool, monkeypatch):
+    recorded = []
+    monkeypatch.setattr("moe_peft.routing.rebuild.record_run", lambda run, **given: recorded.append(run))
+    a, b = ToyRun(tmp_path / "a").write(), ToyRun(tmp_path / "b", tasks=["rte"]).write()
+    for folder in (a.folder, b.folder):
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints" / "best.ckpt").touch()
+    given = ("--rebuild", a.folder, b.folder, "--out", tmp_path / "out")
+    status, _, errors = run_tool("report", *given)
+    assert (status, recorded) == (2, []) and "compare runs over the same tasks" in errors[0]
+    b = ToyRun(tmp_path / "b", seed=1).write()
+    (b.folder / "checkpoints" / "best.ckpt").unlink()
+    status, _, errors = run_tool("report", *given)
+    assert (status, recorded) == (2, []) and f"'{b.folder}' holds no checkpoints/best.ckpt" in errors[0]
+    (b.folder / "checkpoints" / "last.ckpt").touch()
+    assert run_tool("report", *given)[0] == 0 and recorded == [a.folder, b.folder]
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

@@ -1,10 +1,9 @@
 """`python -m moe_peft.interop.lm_eval run …`: lm-eval's own command line, which knows the model `moe_peft`."""
 
 import importlib.util
-import os
 import sys
 
-from moe_peft.messages import one_line
+from moe_peft.command_line import mistakes_in_a_line
 
 
 def main() -> None:
@@ -16,14 +15,8 @@ def main() -> None:
 
     import moe_peft.interop.lm_eval.model  # noqa: F401  (registers itself)
 
-    try:
+    with mistakes_in_a_line(ValueError, OSError, KeyError):  # a KeyError is an unknown model or task of lm-eval's
         cli_evaluate()
-    except (ValueError, OSError, KeyError) as error:  # a KeyError is an unknown model or task of lm-eval's
-        if os.environ.get("MOE_PEFT_TRACEBACK"):
-            raise
-        text = error.args[0] if isinstance(error, KeyError) else error
-        print(f"error: {one_line(str(text))}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

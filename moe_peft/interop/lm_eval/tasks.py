@@ -35,17 +35,17 @@ def write_tasks(folders: Sequence[str | Path], out: str | Path, split: Split = "
         A line about every file.
 
     Raises:
-        ValueError: a folder that is no task, lacks the split or wants numbers, two tasks of one name, or a path that is
-            taken.
+        ValueError: a folder that is no task, lacks the split or wants numbers, two tasks of one file name, or a path
+            that is taken.
     """
     sources = [TaskFolder(str(folder), equal_options="drop") for folder in folders]
-    twice = repeated(source.spec().name for source in sources)
+    names = [f"{source.spec().name.replace('/', '_')}.yaml" for source in sources]
+    twice = repeated(names)
     if twice is not None:
-        raise ValueError(f"two folders hold a task called '{twice}'; leave one out")
+        raise ValueError(f"two folders hold a task of which '{twice}' would be written; leave one out")
     texts: dict[str, str] = {}
     lines = []
-    for source in sources:
-        name = f"{source.spec().name.replace('/', '_')}.yaml"
+    for name, source in zip(names, sources, strict=True):
         texts[name] = yaml.safe_dump(task_config(source, split), sort_keys=False, allow_unicode=True)
         kept, asked = len(source.rows(split)), sum(1 for _ in read_rows(source.file(split)))
         equal = f"; {asked - kept} with two equal options, which `equal_options: drop` leaves out" * (asked > kept)
@@ -96,7 +96,7 @@ def _ranked(spec: TaskSpec) -> dict[str, Any]:
 
 
 def _written() -> dict[str, Any]:
-    """Text, compared as `metrics.normalise_answer` does."""
+    """Text, as long as our own test has it by default, compared as `metrics.normalise_answer` does."""
     return {
         "output_type": "generate_until",
         "doc_to_target": "target",
