@@ -63,7 +63,7 @@ def activation_bytes(
     """
     shadows = Shadows()
     shadows.replace(module.train())
-    _know_the_prompts(module, load.rows)
+    know_the_prompts(module, load.rows)
     batch = longest_batch(module, load)
     try:
         with (
@@ -93,7 +93,7 @@ def longest_batch(module: MultitaskModule, load: Load) -> Batch:
     return Collator(kind, pad_id=0).train(rows, 1.0, 1.0, [1.0] * load.rows)
 
 
-def _know_the_prompts(module: MultitaskModule, rows: int) -> None:
+def know_the_prompts(module: MultitaskModule, rows: int) -> None:
     """Stands in for a fitted reader of prompts: reading has no gradient, so nothing of it is kept."""
     embedder = module.embedder
     if embedder is not None:

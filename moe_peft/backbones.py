@@ -15,6 +15,8 @@ from torch import nn
 
 from moe_peft.files import dequantised, resolve_name
 
+Kind = Literal["causal", "seq2seq", "classifier"]
+KINDS: tuple[Kind, ...] = ("causal", "seq2seq", "classifier")
 PACKABLE = {
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2"),
     *("smollm3", "granite", "stablelm", "gpt_neox", "opt"),
@@ -50,7 +52,7 @@ class Backbone:
             faster for short texts on a CPU.
     """
 
-    kind: Literal["causal", "seq2seq", "classifier"]
+    kind: Kind
     auto_class: str
 
     def __init__(

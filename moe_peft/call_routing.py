@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_peft.batch import Batch
 from moe_peft.methods.base import MultitaskModule
 from moe_peft.methods.merging import task_number
-from moe_peft.quirks import entries, input_of
+from moe_peft.quirks import entries, input_of, past_of
 
 
 class Prompts:
@@ -96,7 +96,10 @@ class CallRouting:
         module = self.module
         ids, mask, cached = input_of(args, kwargs)
         prompts = self.prompts
-        if module is None or (prompts is not None and prompts.routed):
+        if module is None:
+            return
+        module.context.goes_on(past_of(kwargs))
+        if prompts is not None and prompts.routed:
             return
         if self.disabled:
             if not cached:

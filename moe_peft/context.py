@@ -63,6 +63,7 @@ class RoutingContext:
         self._key: Tensor | None = None
         self._width = 0
         self._input: Tensor | None = None
+        self._past = 0
 
     def begin(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Starts a batch: forgets the facts of the one before and returns the new content key [B]."""
@@ -73,7 +74,13 @@ class RoutingContext:
     def end(self) -> None:
         """Forgets the batch and its facts: another may have been processed since by the same model."""
         self._facts, self.records, self._terms, self._held, self._recorded = {}, {}, {}, {}, set()
-        self._key, self._width, self._input = None, 0, None
+        self._key, self._width, self._input, self._past = None, 0, None, 0
+
+    def goes_on(self, past: int) -> None:
+        """Says how many tokens of every row the model has in its cache at the call that begins now."""
+        if (past > 0) != (self._past > 0):
+            self._held = {}  # what was made for the prefill's tokens
+        self._past = past
 
     def put(self, name: str, fact: Tensor, key: Tensor) -> None:
         """Publishes a per-row fact.
@@ -106,6 +113,22 @@ class RoutingContext:
                 f"routing fact {name!r} has {fact.shape[0]} rows, the layer sees {rows}: begin the batch anew"
             )
         return fact.repeat_interleave(rows // fact.shape[0], 0)
+
+    def get_tokens(self, name: str, rows: int, tokens: int) -> Tensor | None:
+        """Returns a per-token fact [rows, tokens, ...] for the tokens that the model sees in the running call.
+
+        Args:
+            name: of a fact [B, S + 1, ...]: one for each token of the batch, the last for every token after them.
+            rows: see `get`.
+            tokens: how many.
+        """
+        fact = self.get(name, rows)
+        if fact is None:
+            return None
+        width = fact.shape[1] - 1
+        own = fact[:, min(self._past, width) : min(self._past + tokens, width)]
+        later = fact[:, -1:].expand(-1, tokens - own.shape[1], *fact.shape[2:])
+        return torch.cat([own, later], 1) if later.shape[1] else own
 
     def check_input(self, input_ids: Tensor | None, attention_mask: Tensor | None, cached: bool) -> None:
         """Refuses a model call whose prompt is not the current batch (called before the model's forward).

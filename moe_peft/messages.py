@@ -134,11 +134,11 @@ def arguments_of(owner: type) -> list[str]:
 
 
 def _subclasses(base: type) -> list[str]:
-    """Names this package's classes below `base`, in order."""
+    """Names this package's classes below `base`, in order; those that only others build on say so of themselves."""
     found: list[str] = []
     for cls in type.__subclasses__(base):
         ours = cls.__module__.startswith("moe_peft.") and cls.__module__ != "moe_peft.cli"
-        found += [cls.__name__] * ours + _subclasses(cls)
+        found += [cls.__name__] * (ours and not (cls.__doc__ or "").startswith("Base of")) + _subclasses(cls)
     return sorted(found)
 
 

@@ -16,9 +16,14 @@ def entries(model: nn.Module) -> list[nn.Module]:
 
 def input_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, bool]:
     """Returns the token ids and the mask that a model is called with, and whether the call goes on from a prefill."""
-    ids, cache = args[0] if args else kwargs.get("input_ids"), kwargs.get("past_key_values")
-    cached = kwargs.get("encoder_outputs") is not None or (cache is not None and bool(cache.get_seq_length() > 0))
-    return ids, kwargs.get("attention_mask"), cached
+    ids = args[0] if args else kwargs.get("input_ids")
+    return ids, kwargs.get("attention_mask"), kwargs.get("encoder_outputs") is not None or past_of(kwargs) > 0
+
+
+def past_of(kwargs: dict[str, Any]) -> int:
+    """Returns how many tokens of every row lie in the cache that a model is called with."""
+    cache = kwargs.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+import yaml
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
@@ -21,6 +23,7 @@ from moe_peft.callbacks.guards import Guards
 from moe_peft.callbacks.resume import ExactResume
 from moe_peft.callbacks.semantic_prior import SemanticPriorFit
 from moe_peft.callbacks.task_contrast import TaskContrast
+from moe_peft.counting import METHODS as FILES
 from moe_peft.data.module import MultitaskDataModule
 from moe_peft.data.sampling import EqualRows
 from moe_peft.layers.expert_router import LinearRouter
@@ -80,6 +83,14 @@ CASES += [
     Case("LoRA", "causal", False, 1, built=True),
     Case("TRex", "causal", True, 1, dtype="bfloat16"),
 ]
+ROOT = Path(__file__).parents[1]
+RACK = {file.stem: yaml.safe_load(file.read_text())["model"] for file in (ROOT / "configs/methods").glob("*.yaml")}
+KNOWN = {own.__name__ for own, _ in METHODS.values()}
+for stem, section in sorted(RACK.items()):
+    if section["class_path"] not in KNOWN:  # which have harder cases above
+        own = next(vars(file)[section["class_path"]] for file in FILES if section["class_path"] in vars(file))
+        METHODS[stem] = own, {name: value for name, value in section["init_args"].items() if name != "optimizer"}
+        CASES.append(Case(stem, own.kinds[0]))
 BREAKS = [
     Case("TRex", "causal", optimizer="AdamW"),
     Case("MoRE", "causal", options={"embedding_dim": 8}, optimizer="AdamW"),
@@ -110,13 +121,16 @@ class Watch(pl.Callback):
         self.tokens: list[int] = []
         self.moved = 0.0
         """By how much the adapters change a row's loss, in one process."""
+        self.drawn = False
+        """Whether training draws random numbers, which are others on every rank."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
         if "labels" in batch:
             self.tokens.append(int((batch["labels"] >= 0).sum()))
         if trainer.world_size == 1 and trainer.global_step == 0:
-            with torch.no_grad():
+            with torch.no_grad(), isolate_rng():
                 adapted = pl_module(batch)
+                self.drawn = not torch.equal(adapted, pl_module(batch))
                 with pl_module.context.disabled():
                     self.moved = (adapted - pl_module(batch)).abs().max().item()
 
@@ -221,7 +235,7 @@ def run(case: Case, root: Path, strategy: str) -> dict[str, Any]:
     trainer = trainer_of(case, root, strategy, Alive(), watch)
     trainer.fit(module, datamodule=data)
     trainer.test(module, datamodule=data, verbose=False)
-    seen = {name: getattr(watch, name) for name in ("losses", "gradients", "metrics", "tokens", "moved")}
+    seen = {name: getattr(watch, name) for name in ("losses", "gradients", "metrics", "tokens", "moved", "drawn")}
     return seen | {"state": whole_state(module), "shards": shards(module)}
 
 

@@ -94,7 +94,8 @@ def test_an_unknown_method_lists_the_methods(world, tmp_path, capsys):  # noqa: 
     spoiled = world.config()
     spoiled["model"]["class_path"] = "TRexx"
     file = world.write(tmp_path / "spoiled.yaml", spoiled)
-    assert "model: there is no class 'TRexx'; use LoRA, MoRE, TRex" in one_error(capsys, "fit", f"--config={file}")
+    error = one_error(capsys, "fit", f"--config={file}")
+    assert "model: there is no class 'TRexx'; use AdapterFusion, Adapters, ContextPEFT, " in error
 
 
 def test_a_wrong_argument_is_named_like_one_in_a_file(refused):  # noqa: F811

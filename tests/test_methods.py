@@ -5,6 +5,7 @@ A method says of itself what a test must know: whether it starts at zero, with w
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ import yaml
 from jsonargparse import ArgumentError
 
 import moe_peft
-from moe_peft.counting import model_parser
+from moe_peft.backbones import KINDS
+from moe_peft.counting import METHODS, model_parser
 from moe_peft.interop.adapter_folder import write_adapter
 from moe_peft.messages import one_line
 from moe_peft.methods.lora import LoRA
@@ -33,9 +35,20 @@ from tests.tiny import (
 
 FILES = sorted((Path(__file__).parents[1] / "configs/methods").glob("*.yaml"))
 NAMES = [file.stem for file in FILES]
-KINDS = ["causal", "seq2seq", "classifier"]
 SHAPES = {"causal": {"num_hidden_layers": 4}, "classifier": {"num_hidden_layers": 4}, "seq2seq": {"num_layers": 4}}
 """Four layers: numbers that differ by depth do so."""
+
+
+def of_file(name):
+    """The class that a file configures."""
+    own = yaml.safe_load(FILES[NAMES.index(name)].read_text())["model"]["class_path"]
+    return next(vars(module)[own] for module in METHODS if own in vars(module))
+
+
+SERVED = [(name, kind) for name in NAMES for kind in of_file(name).kinds]
+UNSERVED = [(name, kind) for name in NAMES for kind in KINDS if (name, kind) not in SERVED]
+WRITING = [name for name, kind in SERVED if kind == "causal"]
+FIRST = [(name, of_file(name).kinds[0]) for name in NAMES]
 
 
 def backbone_of(kind):
@@ -45,35 +58,29 @@ def backbone_of(kind):
     return backbone
 
 
-def method(name, kind="causal", seed=0, **more):
+def method(name, kind=None, seed=0, **more):
     """A method as its file configures it, on a tiny backbone, with other arguments where given."""
-    parser = model_parser()
+    backbone, parser = backbone_of(kind or of_file(name).kinds[0]), model_parser()
     config = yaml.safe_load((FILES[NAMES.index(name)]).read_text())["model"]
     config["init_args"] |= more
-    config["init_args"]["backbone"] = {"class_path": "CausalLM", "init_args": {"name": "none"}}
+    config["init_args"]["backbone"] = {"class_path": type(backbone).__name__, "init_args": {"name": "none"}}
     parsed = parser.parse_object({"model": config})
     saved = parsed.model.as_dict()
     parsed.model.init_args["tasks"] = TASKS
     torch.manual_seed(seed)
     module = parser.instantiate_classes(parsed)["model"]
-    module.backbone, module.config = backbone_of(kind), saved
+    module.backbone, module.config = backbone, saved
     module.configure_model()
     return module
 
 
-def of_file(name):
-    """The class that a file configures."""
-    return type(method(name))
-
-
-def alive(name, kind="causal", **more):
+def alive(name, kind, **more):
     """The method with random tensors, all of which are proven to act on a batch, which comes along."""
     batch = random_batch(kind=kind)
     return come_alive(method(name, kind, **more), batch, scale=0.2).eval(), batch
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name, kind", SERVED)
 def test_a_new_adapter_changes_nothing_or_says_so(name, kind):
     module, batch = method(name, kind).eval(), random_batch(kind=kind)
     if module.prior is not None:
@@ -83,15 +90,14 @@ def test_a_new_adapter_changes_nothing_or_says_so(name, kind):
     assert torch.equal(output(module, batch), bare) == module.starts_at_zero
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name, kind", SERVED)
 def test_every_parameter_acts(name, kind):
     alive(name, kind)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_parameter_has_a_gradient_within_two_steps_of_its_own_start(name):
-    module, batch = method(name), random_batch()
+@pytest.mark.parametrize("name, kind", FIRST)
+def test_every_parameter_has_a_gradient_within_two_steps_of_its_own_start(name, kind):
+    module, batch = method(name, kind), random_batch(kind=kind)
     if module.prior is not None:
         fit_prior(module)
     optimizer = torch.optim.SGD(trained_parameters(module).values(), lr=0.1)
@@ -132,8 +138,7 @@ def test_one_expert_is_a_lora(name):
         torch.testing.assert_close(ours, logits(lora.eval(), batch), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name, kind", SERVED)
 def test_rows_do_not_depend_on_their_batch(name, kind):
     module, batch = alive(name, kind)
     with torch.no_grad():
@@ -148,8 +153,7 @@ def part(value, at):
     return value[at : at + 1] if isinstance(value, list | torch.Tensor) else value
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["causal", "classifier"])
+@pytest.mark.parametrize("name, kind", [(name, kind) for name, kind in SERVED if kind != "seq2seq"])
 def test_padding_enters_neither_losses_nor_terms(name, kind):
     prompts, answers = [[5, 6, 7, 8], [9, 10, 11]], [[12, 13], [14]]
     module = come_alive(method(name, kind), batch_of(prompts, answers, kind), scale=0.2)
@@ -163,22 +167,23 @@ def test_padding_enters_neither_losses_nor_terms(name, kind):
     assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_task_is_merged_exactly_or_refused(name):
-    module, batch = alive(name)
+@pytest.mark.parametrize("name, kind", FIRST)
+def test_a_task_is_merged_exactly_or_refused(name, kind):
+    module, batch = alive(name, kind)
+    module.route_by_task = True
     for task in range(len(TASKS)):
         own = batch | {"task_id": torch.full_like(batch["task_id"], task)}
         with torch.no_grad():
-            routed = logits(module, own)
+            routed = output(module, own)
             try:
                 module.merge(task)
             except ValueError as error:
                 assert "\n" not in str(error) and "cannot be merged" in str(error)
-                assert torch.equal(logits(module, own), routed)
+                assert torch.equal(output(module, own), routed)
                 return
-            torch.testing.assert_close(logits(module, own), routed, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(output(module, own), routed, rtol=1e-4, atol=1e-3)
             module.unmerge()
-            assert torch.equal(logits(module, own), routed)
+            assert torch.equal(output(module, own), routed)
 
 
 def exported(name, kind, folder):
@@ -193,8 +198,7 @@ def exported(name, kind, folder):
     return module, batch, moe_peft.load_adapter(backbone_of(kind).load(), folder)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name, kind", SERVED)
 def test_an_adapter_folder_gives_the_same_model(name, kind, tmp_path):
     module, batch, model = exported(name, kind, tmp_path / "adapter")
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
@@ -203,11 +207,11 @@ def test_an_adapter_folder_gives_the_same_model(name, kind, tmp_path):
     with torch.no_grad(), model.routing(tasks=[TASKS[task].name for task in batch["task_id"]]):
         found = model(**inputs)
         found = found.logits if hasattr(found, "logits") else found.last_hidden_state
-        del batch["prompt_mask"]  # a plain call says nothing of prompt and answer
-        torch.testing.assert_close(found, output(module, batch), rtol=0, atol=1e-6)
+        plain: Any = inputs | {"task_id": batch["task_id"]}  # nothing is said of prompt and answer
+        torch.testing.assert_close(found, output(module, plain), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WRITING)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_a_batch_of_mixed_tasks_generates_what_each_row_does_alone(name, use_cache, tmp_path):
     _, _, model = exported(name, "causal", tmp_path / "adapter")
@@ -227,6 +231,12 @@ def test_a_batch_of_mixed_tasks_generates_what_each_row_does_alone(name, use_cac
         assert together.sequences[row, -5:].tolist() == alone.sequences[0, -5:].tolist()
         for step, own in zip(together.logits, alone.logits, strict=True):
             torch.testing.assert_close(step[row], own[0], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name, kind", UNSERVED)
+def test_a_backbone_that_it_does_not_serve_is_refused(name, kind):
+    with pytest.raises(ValueError, match=f"backbone: {of_file(name).__name__} serves a .* is {kind}; give another"):
+        build(of_file(name), kind)
 
 
 @pytest.mark.parametrize("name", NAMES)

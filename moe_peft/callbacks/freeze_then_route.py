@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 
 from moe_peft.callbacks.checkpoints import AdapterCheckpoint
 from moe_peft.interop.install import collect, install
+from moe_peft.methods.adapter_fusion import AdapterFusion
+from moe_peft.methods.base import MultitaskModule
 from moe_peft.methods.expert_rows import load_experts, with_experts
 from moe_peft.methods.tt_lora_moe import TTLoRAMoE
 from moe_peft.optim import WarmupDecay, parameter_groups
@@ -85,8 +87,13 @@ class FreezeThenRoute(Callback):
         Raises:
             ValueError: names what does not fit.
         """
-        if not isinstance(pl_module, TTLoRAMoE):
+        if not isinstance(pl_module, TTLoRAMoE | AdapterFusion):
             raise ValueError(f"FreezeThenRoute: {type(pl_module).__name__} has no experts; drop this callback")
+        if self.expert_paths is not None and not isinstance(pl_module, TTLoRAMoE):
+            raise ValueError(
+                f"FreezeThenRoute: expert_paths are LoRAs, which a {type(pl_module).__name__} does not have; give "
+                "experts_steps or experts_epochs"
+            )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (EarlyStopping, WeightAveraging, StochasticWeightAveraging)):
                 raise ValueError(
@@ -138,7 +145,7 @@ class FreezeThenRoute(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Puts the module into the stage of this step; the first of stage two freezes the experts."""
-        assert isinstance(pl_module, TTLoRAMoE)
+        assert isinstance(pl_module, MultitaskModule)
         routing = trainer.global_step >= self._boundary(trainer)
         if routing and not self.opened:
             self._freeze(trainer, pl_module)
@@ -150,7 +157,7 @@ class FreezeThenRoute(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Opens all groups again, also after a fit that was interrupted."""
-        assert isinstance(pl_module, TTLoRAMoE)
+        assert isinstance(pl_module, MultitaskModule)
         pl_module.closed_groups = frozenset()
 
     def _boundary(self, trainer: Trainer) -> int:
@@ -170,7 +177,7 @@ class FreezeThenRoute(Callback):
                     config.scheduler.set_span(group, 0, boundary)
                 config.scheduler.set_span("routers", boundary, total - boundary)
 
-    def _freeze(self, trainer: Trainer, module: TTLoRAMoE) -> None:
+    def _freeze(self, trainer: Trainer, module: MultitaskModule) -> None:
         """Begins stage two: best experts back, fresh optimizer state for the router, a fresh best checkpoint."""
         if self.keep_best and self.snapshot:
             load_experts(module, self.snapshot)
@@ -189,7 +196,7 @@ class FreezeThenRoute(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Takes the gradients of closed groups away, before clipping sees them."""
-        assert isinstance(pl_module, TTLoRAMoE)
+        assert isinstance(pl_module, MultitaskModule)
         groups = parameter_groups(pl_module)
         for name in pl_module.closed_groups:
             for parameter in groups.get(name, ()):
@@ -199,11 +206,12 @@ class FreezeThenRoute(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps experts that were never better, or have no validation; ends stage one where none improves for long."""
-        assert isinstance(pl_module, TTLoRAMoE)
+        assert isinstance(pl_module, MultitaskModule)
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         if self.opened:
-            if not pl_module.router.learns_by_gradient:  # its sums only become better: the latest are the best
+            # The sums of a router without a gradient only become better: the latest are the best.
+            if isinstance(pl_module, TTLoRAMoE) and not pl_module.router.learns_by_gradient:
                 _forget_best(trainer)
             return
         improved, unknown = [], []

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moe_peft.backbones import Kind
 from moe_peft.batch import IGNORE_INDEX, Batch
-from moe_peft.data.encoding import BackboneKind, EncodedRow
+from moe_peft.data.encoding import EncodedRow
 
 
 class Collator:
@@ -23,7 +24,7 @@ class Collator:
             rather than one sequence per option.
     """
 
-    def __init__(self, kind: BackboneKind, pad_id: int, pack: bool = True) -> None:
+    def __init__(self, kind: Kind, pad_id: int, pack: bool = True) -> None:
         self.kind = kind
         self.pad_id = pad_id
         self.pack = pack and kind == "causal"

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from moe_peft.backbones import Kind
 from moe_peft.data.tasks import Row, TaskSpec, template_fields
 
-BackboneKind = Literal["causal", "seq2seq", "classifier"]
 _MARK = "moepeftcontentmark"
 _ANCHOR = "a"
 
@@ -69,7 +69,7 @@ class Encoder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        kind: BackboneKind,
+        kind: Kind,
         max_length: int = 160,
         style: Literal["plain", "chat"] = "plain",
         bos: Literal["auto", "always", "never"] = "auto",

@@ -46,14 +46,16 @@ def low_rank(layer: AdaptedLinear, core: Tensor | None, task: int = 0) -> LowRan
 
     Args:
         layer: the linear.
-        core: None (identity), [R] (diagonal; components of weight zero are dropped) or [Q, R] (goes into A).
+        core: None (identity), [R] (diagonal; components of weight zero are dropped) or [Q, R] (goes into A, or
+            where Q is larger into B).
         task: whose factors, where tasks have their own.
     """
     a, b = layer.fixed_factors(task)
     if core is None:
         return LowRank(a, b, layer.scale)
     if core.dim() == 2:
-        return LowRank(core @ a, b, layer.scale)
+        tall = len(core) > core.shape[1]
+        return LowRank(a, b @ core, layer.scale) if tall else LowRank(core @ a, b, layer.scale)
     kept = core.nonzero().flatten()
     weights, a, b = core[kept], a[kept], b[:, kept]
     if (weights == weights[0]).all():

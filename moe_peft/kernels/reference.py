@@ -71,6 +71,10 @@ def apply_core(h: Tensor, core: Core) -> Tensor:
         return (h.unsqueeze(-2) * core.weights).flatten(-2)
     if core.dim() == h.dim():
         return h * core
+    if core.dim() == h.dim() + 1 > 2 and core.shape[-3] == 1:  # one for all tokens: no [tokens, Q, R]
+        dtype = torch.promote_types(h.dtype, core.dtype)
+        with torch.autocast(h.device.type, enabled=False):
+            return h.to(dtype) @ core.squeeze(-3).mT.to(dtype)
     if core.dim() == h.dim() + 1:
         return (core * h.unsqueeze(-2)).sum(-1)
     raise ValueError(f"core has {core.dim()} dimensions, activations have {h.dim()}: expected as many or one more")

@@ -49,6 +49,8 @@ class AdaptedLinear(nn.Module):
         self.context = context
         self.register_parameter("original", None)
         """W0 while the base's own weight is a merged one (`merge`), else None."""
+        self.register_parameter("original_bias", None)
+        """Its bias likewise, if it has any."""
 
     @property
     def weight(self) -> Tensor:
@@ -144,7 +146,7 @@ class AdaptedLinear(nn.Module):
         if self.training:
             raise ValueError(f"{self.slot} is merged, which leaves nothing to train: call unmerge() before training")
         if not self.context.enabled:
-            return nn.functional.linear(x, original, self.base.bias)
+            return nn.functional.linear(x, original, self.original_bias)
         return self.base(x)
 
     @property
@@ -174,6 +176,10 @@ class AdaptedLinear(nn.Module):
         weight = self.base.weight if self.original is None else self.original
         return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
+    def merged_bias(self, task: int = 0) -> Tensor | None:
+        """Returns the bias [O] that belongs to the merged weight of a task: the base's own."""
+        return self.base.bias if self.original is None else self.original_bias
+
     def merge(self, core: Tensor | None = None, task: int = 0) -> None:
         """Puts `merged_weight(core, task)` in the base's place and keeps W0 itself, so that no rounding is lost.
 
@@ -186,8 +192,10 @@ class AdaptedLinear(nn.Module):
         """
         if self.merged:
             raise ValueError(f"{self.slot} is merged already: call unmerge() first")
-        merged = nn.Parameter(self.merged_weight(core, task), requires_grad=False)
-        self.original, self.base.weight = self.base.weight, merged
+        weight, bias = self.merged_weight(core, task), self.merged_bias(task)
+        self.original, self.base.weight = self.base.weight, nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            self.original_bias, self.base.bias = self.base.bias, nn.Parameter(bias, requires_grad=False)
 
     def unmerge(self) -> None:
         """Puts W0 back, the very tensor that `merge` took away.
@@ -198,3 +206,5 @@ class AdaptedLinear(nn.Module):
         if self.original is None:
             raise ValueError(f"{self.slot} is not merged: there is nothing to take back")
         self.base.weight, self.original = self.original, None
+        if self.original_bias is not None:
+            self.base.bias, self.original_bias = self.original_bias, None

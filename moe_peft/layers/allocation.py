@@ -1,7 +1,7 @@
 """Numbers that differ from layer to layer: experts, ranks, scales (MoLA, arXiv 2402.08562; HiLo, arXiv 2502.03884).
 
 A list of G numbers gives layer l of L the number at floor(l * G / L): [2, 4, 6, 8] over 32 layers is eight layers of
-each. An encoder and a decoder count their layers apart.
+each. Layers are those with an adapted linear; an encoder and a decoder count theirs apart.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Which linears of a model are adapted, and putting the adapted ones in their place."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
@@ -48,20 +48,20 @@ def find_linears(model: nn.Module, targets: str | list[str]) -> list[str]:
 
 
 def inject(
-    model: nn.Module, targets: str | list[str], make: Callable[[nn.Linear, str], AdaptedLinear]
+    model: nn.Module, names: Iterable[str], make: Callable[[nn.Linear, str], AdaptedLinear]
 ) -> dict[str, AdaptedLinear]:
-    """Replaces the targeted linears of `model` in place.
+    """Replaces linears of `model` in place.
 
     Args:
         model: the frozen model.
-        targets: see `find_linears`.
+        names: of the linears (see `find_linears`).
         make: builds the adapted linear from the base linear and its name.
 
     Returns:
-        The adapted linears by name, in the model's order.
+        The adapted linears by name, in the order of the names.
     """
     adapted = {}
-    for name in find_linears(model, targets):
+    for name in names:
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear)
         adapted[name] = make(base, name)

@@ -122,13 +122,24 @@ class TokenRouter(MixtureRouter):
 
     def forward(self, x: Tensor, h: Tensor, scores: Tensor | None, context: RoutingContext, slot: str) -> Core:
         """Returns the core of every token."""
-        scores = shrink(h, self.weight) if scores is None else scores
+        return self.core(self.decide(h, scores, context, slot))
+
+    def decide(self, h: Tensor, scores: Tensor | None, context: RoutingContext, slot: str) -> Tensor:
+        """Returns the weights of every token [..., E], and shows them to those who ask (see `forward`)."""
+        if scores is None:
+            with torch.autocast(h.device.type, enabled=False):
+                scores = nn.functional.linear(h.to(self.weight.dtype), self.weight)
         scores = scores.to(self.weight.dtype)
         if self.traced and self.training:
             context.add_term("scores", slot, scores)
         g = self.rule(scores)
         context.record(slot, Routing(self.by_expert(g)))
-        return self.core(g)
+        return g
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Returns which experts a token uses, bool like the scores: its largest alone where all have a weight."""
+        g = self.rule(scores)
+        return g == g.amax(-1, keepdim=True) if self.rule is dense else g > 0
 
 
 class TaskRouter(MixtureRouter):

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from moe_peft.backbones import Backbone, Classifier
+from moe_peft.backbones import KINDS, Backbone, Classifier, Kind
 from moe_peft.batch import IGNORE_INDEX, Batch
 from moe_peft.context import RoutingContext
 from moe_peft.data.tasks import TaskSpec
@@ -33,7 +33,7 @@ from moe_peft.methods.scoring import answer_nll, pooled_features
 from moe_peft.methods.training import LossMean, TrainingSteps
 from moe_peft.optim import LearningRates, WarmupDecay, WeightDecays, trained_parameters
 from moe_peft.predictions import Prediction, Ranking
-from moe_peft.quirks import HeadInput, entries, input_of, offload_input, silence_dropout
+from moe_peft.quirks import HeadInput, entries, input_of, offload_input, past_of, silence_dropout
 from moe_peft.sharding import is_sharded, shard
 
 
@@ -70,7 +70,9 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving, RoutingHook
     as_lora: ClassVar[Mapping[str, Any] | None] = None
     """Arguments with which the method is one LoRA (with its factors and scale), if there are any."""
     sized_by: ClassVar[str] = "rank"
-    """The argument that decides how many parameters there are, all others left alone."""
+    """The argument that decides how many parameters there are, all others left alone; "" where they have one number."""
+    kinds: ClassVar[tuple[Kind, ...]] = KINDS
+    """Kinds of backbones that the method serves."""
     missing_prior: Literal["error", "token_only"] = "error"
     """What to do where a method has a prior that was never fitted."""
 
@@ -92,6 +94,11 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving, RoutingHook
         super().__init__()
         if not tasks:
             raise ValueError("tasks: the list is empty; name at least one task")
+        if backbone.kind not in self.kinds:
+            raise ValueError(
+                f"backbone: {type(self).__name__} serves a {' or '.join(self.kinds)} backbone, and a "
+                f"{type(backbone).__name__} is {backbone.kind}; give another backbone, or another method"
+            )
         check_kernels(kernels)
         self.backbone, self.specs, self.targets = backbone, list(tasks), targets
         self.optimizer, self.scheduler = optimizer, scheduler
@@ -126,6 +133,10 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving, RoutingHook
     def embedder(self) -> Embedder | None:
         """What the method reads prompts with, if it does; part of a checkpoint's identity."""
         return None if self.prior is None else self.prior.embedder
+
+    def slots(self, model: nn.Module) -> list[str]:
+        """Names the linears that are adapted, in the model's order: those that `targets` means."""
+        return find_linears(model, self.targets)
 
     def adapt(self, base: nn.Linear, slot: str) -> AdaptedLinear:
         """Builds the adapter of one linear."""
@@ -171,8 +182,9 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving, RoutingHook
         model = self.backbone.load()
         self.fingerprint = "" if next(model.parameters()).is_meta else fingerprint(model)
         head_inputs = self.backbone.hidden_size if isinstance(self.backbone, Classifier) else 0
-        self.places = places(find_linears(model, self.targets))
-        self.adapted = inject(model, self.targets, self.adapt)
+        slots = self.slots(model)
+        self.places = places(slots)
+        self.adapted = inject(model, slots, self.adapt)
         self.model = model
         if head_inputs:
             self.heads = TaskHeads(head_inputs, self.specs, device=next(model.parameters()).device)
@@ -204,6 +216,7 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving, RoutingHook
 
     def _check_input(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         ids, mask, cached = input_of(args, kwargs)
+        self.context.goes_on(past_of(kwargs))
         self.context.check_input(ids, mask, cached)
 
     def train(self, mode: bool = True) -> Self:

@@ -12,11 +12,28 @@ import torch
 from torch.distributed import all_reduce
 from torch.nn.utils import clip_grad_norm_
 
+from moe_peft.methods.training import Part
 from moe_peft.optim import parameter_groups
 from moe_peft.sharding import is_sharded, local, rows_of
 
 if TYPE_CHECKING:
     from moe_peft.methods.base import MultitaskModule
+
+
+class ExpertClipping(Part):
+    """The part of a method whose experts learn one by one: a common norm would couple them."""
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips each expert, with its head, by its own norm, and every other group by one."""
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            clip_per_expert(self._module(), float(gradient_clip_val))
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
 
 @torch.no_grad()

@@ -8,11 +8,15 @@ from torch import Tensor, nn
 from moe_peft.sharding import assign, whole
 
 if TYPE_CHECKING:
-    from moe_peft.methods.tt_lora_moe import TTLoRAMoE
+    from moe_peft.methods.base import MultitaskModule
 
 
-def expert_rows(module: "TTLoRAMoE") -> dict[str, tuple[nn.Parameter, Tensor]]:
-    """Returns everything that belongs to experts, by name: the parameter and the expert of each of its rows."""
+def expert_rows(module: "MultitaskModule") -> dict[str, tuple[nn.Parameter, Tensor]]:
+    """Returns everything that belongs to experts, by name: the parameter and the expert of each of its rows.
+
+    Args:
+        module: with an expert per task, stacked in the factors of its linears.
+    """
     tasks = torch.arange(len(module.specs))
     cores = {
         f"{slot}.{at}": (core, tasks)
@@ -25,7 +29,7 @@ def expert_rows(module: "TTLoRAMoE") -> dict[str, tuple[nn.Parameter, Tensor]]:
 
 
 @torch.no_grad()
-def with_experts(module: "TTLoRAMoE", snapshot: dict[str, Tensor], experts: list[int]) -> dict[str, Tensor]:
+def with_experts(module: "MultitaskModule", snapshot: dict[str, Tensor], experts: list[int]) -> dict[str, Tensor]:
     """Returns a snapshot with some experts renewed from the module; a first (empty) snapshot takes all of them."""
     new = {}
     for name, (parameter, owner) in expert_rows(module).items():
@@ -36,7 +40,7 @@ def with_experts(module: "TTLoRAMoE", snapshot: dict[str, Tensor], experts: list
 
 
 @torch.no_grad()
-def load_experts(module: "TTLoRAMoE", snapshot: dict[str, Tensor]) -> None:
+def load_experts(module: "MultitaskModule", snapshot: dict[str, Tensor]) -> None:
     """Copies the experts of a snapshot into the module."""
     for name, (parameter, _) in expert_rows(module).items():
         assign(parameter, snapshot[name])

@@ -18,7 +18,7 @@ class HydraLoRA(TokenMixture):
     """A shared A with several heads B.
 
     Args:
-        router_input: what the router reads: "x" (official code) or "Ax" (paper).
+        router_input: what the router reads: "x" (official code) or "Ax" (paper), there with the adapters' dropout.
         mixture: the arguments of `TokenMixture`.
     """
 
@@ -27,6 +27,8 @@ class HydraLoRA(TokenMixture):
 
     def __init__(self, router_input: Literal["x", "Ax"] = "x", **mixture: Any) -> None:
         super().__init__(**mixture)
+        if router_input not in ("x", "Ax"):
+            raise ValueError(f"router_input: {router_input!r} is unknown; use x or Ax")
         self.router_input: Literal["x", "Ax"] = router_input
 
     def router(self, base: nn.Linear, experts: int, rank: int) -> TokenRouter:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from moe_peft.layers.adapted import AdaptedLinear
+from moe_peft.layers.allocation import at_least
 from moe_peft.layers.factors import DenseFactors
 from moe_peft.layers.peft_names import by_pattern, check_patterns, scale_of
 from moe_peft.methods.base import MultitaskModule
@@ -30,8 +31,8 @@ class LoRA(MultitaskModule):
     """One low-rank adapter for all tasks; numerically HF PEFT's LoRA.
 
     Args:
-        rank: r.
-        alpha: α; the update is scaled by α / r.
+        rank: r; a list gives layers their own from the first to the last ([4, 8]: half of them each).
+        alpha: α; the update is scaled by α / r; or a list likewise.
         dropout: on the adapter's input.
         rank_pattern: other ranks by regular expression over linears' names, as in PEFT: the first one counts that the
             end of a name matches, e.g. {"down_proj": 16, ".*layers.0.*": 4}.
@@ -45,8 +46,8 @@ class LoRA(MultitaskModule):
 
     def __init__(
         self,
-        rank: int = 8,
-        alpha: float = 16.0,
+        rank: int | list[int] = 8,
+        alpha: float | list[float] = 16.0,
         dropout: float = 0.0,
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
@@ -57,8 +58,9 @@ class LoRA(MultitaskModule):
         check_patterns("rank_pattern", rank_pattern or ())
         check_patterns("alpha_pattern", alpha_pattern or ())
         for own in (rank, *(rank_pattern or {}).values()):
-            if own < 1:
-                raise ValueError(f"rank: {own} is below 1")
+            at_least("rank", own, 1)
+        if alpha == []:
+            raise ValueError("alpha: the list is empty; give a number, or one for each part of the layers")
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.rank_pattern, self.alpha_pattern, self.use_rslora = rank_pattern, alpha_pattern, use_rslora
 
@@ -72,7 +74,9 @@ class LoRA(MultitaskModule):
 
     def adapt(self, base: nn.Linear, slot: str) -> AdaptedLinear:
         """Dense factors of one rank, no router."""
-        rank, alpha = by_pattern(self.rank_pattern, self.rank, slot), by_pattern(self.alpha_pattern, self.alpha, slot)
+        place = self.places[slot]
+        rank = by_pattern(self.rank_pattern, place.of(self.rank), slot)
+        alpha = by_pattern(self.alpha_pattern, place.of(self.alpha), slot)
         factors = DenseFactors(base.in_features, base.out_features, rank, rank, base.weight.device)
         scale = scale_of(alpha, rank, self.use_rslora)
         return AdaptedLinear(base, factors, None, scale, self.dropout, self.context, slot)

@@ -37,9 +37,13 @@ def static_cores(module: "MultitaskModule", task: str | int | None) -> dict[str,
         task: by name or id; None is enough for a method that treats all tasks alike.
 
     Raises:
-        ValueError: the cores depend on the input, or on a task that was not given; or there is no such task.
+        ValueError: no adapters; cores that depend on the input, or on a task that was not given; or no such task.
     """
     module.built()
+    if not module.adapted:
+        raise ValueError(
+            f"{type(module).__name__} cannot be merged or exported as a LoRA: it has no adapters; its base is as it was"
+        )
     number = None if task is None else module.mergeable_task(task)
     cores: dict[str, Tensor | None] = dict.fromkeys(module.adapted)
     for slot, layer in module.adapted.items():

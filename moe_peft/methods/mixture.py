@@ -3,6 +3,7 @@
 y = W0 x + (α / r) B C(x) A x,   C(x) laid out from the weights of E experts (`layers.mixtures`)
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from moe_peft.layers.allocation import at_least
 from moe_peft.layers.factors import DenseFactors
 from moe_peft.layers.mixtures import Layout, MixtureRouter
 from moe_peft.methods.base import MultitaskModule
-from moe_peft.methods.mixture_losses import load_balance, traces, z_loss
+from moe_peft.methods.mixture_losses import Trace, load_balance, traces, z_loss
 from moe_peft.methods.task_ids import check_task_ids
 
 
@@ -42,6 +43,7 @@ class Mixture(MultitaskModule):
         super().__init__(**common)
         at_least("experts", experts, 1)
         at_least("rank", rank, 1)
+        at_least("alpha", alpha, 0.0)
         self.experts, self.rank, self.alpha, self.dropout = experts, rank, alpha, dropout
 
     def adapt(self, base: nn.Linear, slot: str) -> AdaptedLinear:
@@ -87,10 +89,18 @@ class TokenMixture(Mixture):
         return self.balance > 0 or self.z_loss > 0
 
     def method_loss_terms(self, batch: Batch) -> dict[str, Tensor]:
-        """The balance and z losses that were asked for."""
-        if not self.traced:
-            return {}
-        found, terms = traces(self, batch), {}
+        """The losses on the routing that were asked for."""
+        found = traces(self, batch) if self.traced else {}
+        return self.routing_losses(found, batch) if found else {}
+
+    def routing_losses(self, found: Mapping[str, Trace], batch: Batch) -> dict[str, Tensor]:
+        """Returns named, weighted losses on what the routers did with a training batch.
+
+        Args:
+            found: by linear, at least one.
+            batch: that batch.
+        """
+        terms = {}
         if self.balance:
             terms["balance"] = self.balance * load_balance(found)
         if self.z_loss:

@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, L answer tokens kept, V vocabulary, D hidden.
 import contextlib
 import inspect
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from moe_peft.backbones import Backbone, Classifier
 from moe_peft.batch import IGNORE_INDEX, Batch
+from moe_peft.context import RoutingContext
 from moe_peft.layers.injection import output_head
 from moe_peft.quirks import head_at
 from moe_peft.sharding import enter, is_sharded
@@ -150,6 +151,22 @@ def pooled_features(backbone: Classifier, model: nn.Module, batch: Batch) -> Ten
     extra = {"use_cache": False} if _accepts(type(model), "use_cache") else {}
     hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **extra).last_hidden_state
     return backbone.pool(hidden, batch["attention_mask"]).float()
+
+
+@torch.no_grad()
+def base_states(backbone: Backbone, model: nn.Module, context: RoutingContext, batch: Batch) -> Tensor:
+    """Returns the frozen base's last hidden states [B, S, d] of a batch as it is padded, of one pass without adapters.
+
+    Those of an encoder-decoder are its encoder's.
+    """
+    trunk: Any = model.get_encoder() if backbone.kind == "seq2seq" else model.base_model  # type: ignore[operator]
+    mask = batch["attention_mask"]
+    extra = {"position_ids": position_ids(mask), "use_cache": False}
+    if backbone.kind == "classifier":  # as its features are made
+        del extra["position_ids"]
+    extra = {name: value for name, value in extra.items() if _accepts(type(trunk), name)}
+    with context.disabled():
+        return enter(model, trunk, input_ids=batch["input_ids"], attention_mask=mask, **extra).last_hidden_state
 
 
 @torch.no_grad()

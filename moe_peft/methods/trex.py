@@ -17,6 +17,7 @@ from torch import nn
 
 from moe_peft.embedders import Embedder
 from moe_peft.layers.adapted import AdaptedLinear
+from moe_peft.layers.allocation import Place
 from moe_peft.layers.factors import DenseFactors
 from moe_peft.layers.prior import SemanticPrior
 from moe_peft.layers.routers import JointRouter
@@ -31,11 +32,11 @@ class TRex(MultitaskModule):
     """Mixture of rank-one experts with a semantic prior.
 
     Args:
-        r1: input experts (rows of A).
-        r2: output experts (columns of B).
+        r1: input experts (rows of A); a list gives layers their own from the first to the last ([2, 4]: half each).
+        r2: output experts (columns of B), or a list likewise, as long as that of r1.
         mode: "mix_and_match" (T-REX, r1 · r2 pairs) or "rank1" (Intuition-MoR1E, r1 = r2 pairs).
-        clusters: K, clusters of the semantic prior; None takes the number of pairs (official). Another number goes
-            through a trainable projection per linear.
+        clusters: K, clusters of the semantic prior; None takes the number of pairs (official), the largest where layers
+            differ. Linears of another number of pairs see the prior through a trainable projection.
         embedder: what the prior reads a prompt with; default: mean of the frozen input embeddings.
         prior_norm: "none" (official: raw dot product with the centroids), "cosine" or "softmax".
         use_prior: False leaves the prior out (ablation): the router alone decides, at its own coefficient ω.
@@ -54,11 +55,12 @@ class TRex(MultitaskModule):
 
     default_rates: ClassVar[Mapping[str, float]] = {"gates": 5e-5}
     """At a slope of 100, a step of 5e-3 switches a layer off."""
+    sized_by: ClassVar[str] = "r2"
 
     def __init__(
         self,
-        r1: int = 4,
-        r2: int = 8,
+        r1: int | list[int] = 4,
+        r2: int | list[int] = 8,
         mode: Literal["mix_and_match", "rank1"] = "mix_and_match",
         clusters: int | None = None,
         embedder: Embedder | None = None,
@@ -77,17 +79,16 @@ class TRex(MultitaskModule):
     ) -> None:
         super().__init__(**common)
         rank1 = mode == "rank1"
-        pairs = r1 if rank1 else r1 * r2
-        if r1 < 1 or r2 < 1:
-            raise ValueError(f"r1, r2: {r1} and {r2}, both must be at least 1")
+        sizes = allocated(r1, r2)
+        pairs = [own if rank1 else own * other for own, other in sizes]
         if rank1 and (r1 != r2 or factorised_router):
             raise ValueError(
                 f"mode rank1 pairs expert i with expert i: set r1 = r2 (now {r1}, {r2}) and no factorised_router"
             )
-        if top_k is not None and not 1 <= top_k <= pairs:
-            raise ValueError(f"top_k: {top_k} is not between 1 and the {pairs} pairs")
+        if top_k is not None and not 1 <= top_k <= min(pairs):
+            raise ValueError(f"top_k: {top_k} is not between 1 and the {min(pairs)} pairs")
         self.r1, self.r2, self.rank1, self.top_k = r1, r2, rank1, top_k
-        self.clusters = (pairs if clusters is None else clusters) if use_prior else None
+        self.clusters = (max(pairs) if clusters is None else clusters) if use_prior else None
         self.missing_prior, self.router_init, self.factorised_router = missing_prior, router_init, factorised_router
         self.token_coef, self.prior_coef, self.gate_slope = token_coef, prior_coef, gate_slope
         self.scale, self.dropout = scale, dropout
@@ -97,11 +98,11 @@ class TRex(MultitaskModule):
 
     def adapt(self, base: nn.Linear, slot: str) -> AdaptedLinear:
         """Rank-one experts of both sides, joined by the joint router."""
-        device = base.weight.device
+        device, (r1, r2) = base.weight.device, self.sizes(slot)
         router = JointRouter(
             base.in_features,
-            self.r1,
-            self.r2,
+            r1,
+            r2,
             rank1=self.rank1,
             clusters=self.clusters,
             init=self.router_init,
@@ -113,14 +114,20 @@ class TRex(MultitaskModule):
             missing_prior=self.missing_prior,
             device=device,
         )
-        factors = DenseFactors(base.in_features, base.out_features, self.r1, self.r2, device)
+        factors = DenseFactors(base.in_features, base.out_features, r1, r2, device)
         return AdaptedLinear(base, factors, router, self.scale, self.dropout, self.context, slot)
+
+    def sizes(self, slot: str) -> tuple[int, int]:
+        """Returns a linear's r1 and r2."""
+        place = self.places.get(slot, Place())
+        return place.of(self.r1), place.of(self.r2)
 
     def expert_names(self, layer: str, experts: int) -> list[str]:
         """Names pairs "i,j": input expert i with output expert j; in mode rank1 experts by their number."""
         if self.rank1:
             return super().expert_names(layer, experts)
-        return [f"{i},{j}" for i in range(self.r1) for j in range(self.r2)]
+        r1, r2 = self.sizes(layer)
+        return [f"{i},{j}" for i in range(r1) for j in range(r2)]
 
     @torch.no_grad()
     def routing_gates(self) -> dict[str, tuple[float, float]]:
@@ -142,3 +149,18 @@ class TRex(MultitaskModule):
                 self._warned.add(slot)
                 log.warning("%s has switched itself off (m = %.3f): lower lr.gates or gate_slope", slot, magnitude)
         return values
+
+
+def allocated(r1: int | list[int], r2: int | list[int]) -> list[tuple[int, int]]:
+    """Returns the sizes that layers have, from the first to the last.
+
+    Raises:
+        ValueError: numbers below 1, no numbers, or lists of two lengths.
+    """
+    ones, twos = (own if isinstance(own, list) else [own] for own in (r1, r2))
+    if min([*ones, *twos], default=0) < 1 or not ones or not twos:
+        raise ValueError(f"r1, r2: {r1} and {r2}, both must be at least 1")
+    if isinstance(r1, list) and isinstance(r2, list) and len(r1) != len(r2):
+        raise ValueError(f"r1, r2: {r1} and {r2} cut the layers differently; give lists of the same length")
+    length = max(len(ones), len(twos))
+    return [(Place(at, length).of(ones), Place(at, length).of(twos)) for at in range(length)]

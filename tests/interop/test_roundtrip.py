@@ -111,7 +111,7 @@ def test_a_pattern_that_means_nothing_is_warned_of_and_one_that_is_none_refused(
     assert caplog.messages == ["rank_pattern: 'proj' matches none of the adapted linears"]
     with pytest.raises(ValueError, match=r"^alpha_pattern: '\(' is no regular expression"):
         build(LoRA, alpha_pattern={"(": 2})
-    with pytest.raises(ValueError, match="^rank: 0 is below 1"):
+    with pytest.raises(ValueError, match="^rank: 0 must be at least 1"):
         build(LoRA, rank_pattern={"q_proj": 0})
 
 

@@ -89,7 +89,7 @@ def test_a_broken_regular_expression_is_one_line():
 def test_inject_replaces_exactly_the_targets_in_place():
     model = llama()
     before = dict(model.named_modules())
-    found = inject(model, ["v_proj"], lambda base, slot: build_layer(base, slot))
+    found = inject(model, find_linears(model, ["v_proj"]), lambda base, slot: build_layer(base, slot))
     assert list(found) == ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):

@@ -107,7 +107,7 @@ def test_dropout_acts_on_the_adapters_input_in_training_only():
 
 
 def test_a_rank_below_one_is_refused():
-    with pytest.raises(ValueError, match="rank: 0 is below 1"):
+    with pytest.raises(ValueError, match="rank: 0 must be at least 1"):
         build(LoRA, rank=0)
 
 
