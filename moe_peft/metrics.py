@@ -45,6 +45,14 @@ class TaskScore:
 
 
 @dataclass(frozen=True, slots=True)
+class PairedScore:
+    """Difference of two models on the rows of one task, and its standard error over the rows."""
+
+    difference: float
+    stderr: float
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One line of a results table. `mean` and `stderr` are None where the line misses tasks that others have."""
 
@@ -108,19 +116,36 @@ def paired_difference(
     Raises:
         ValueError: a and b are not about the same rows.
     """
-    groups_a, groups_b = _by_task(specs, a), _by_task(specs, b)
-    differences, errors = [], []
-    for task in groups_a | groups_b:
-        rows_a, rows_b = groups_a.get(task, {}), groups_b.get(task, {})
-        if odd := sorted(rows_a.keys() ^ rows_b.keys()):
-            raise ValueError(
-                f"a and b hold different rows of task '{specs[task].name}': {len(odd)} in one only, first '{odd[0]}'; "
-                "compare predictions of the same split"
-            )
-        difference, error = _paired_task(specs[task], list(rows_a.values()), [rows_b[key] for key in rows_a], ranking)
-        differences.append(difference)
-        errors.append(error)
-    return sum(differences) / len(differences), math.hypot(*errors) / len(errors)
+    found = paired_scores(specs, [(a, b)], ranking).values()
+    return sum(own.difference for own in found) / len(found), math.hypot(*(own.stderr for own in found)) / len(found)
+
+
+def paired_scores(
+    specs: Sequence[TaskSpec], pairs: Sequence[tuple[Sequence[Prediction], Sequence[Prediction]]], ranking: Ranking
+) -> dict[str, PairedScore]:
+    """How much better one model is than another on the same rows, by task, as a mean over repetitions.
+
+    Args:
+        specs: the tasks.
+        pairs: predictions of both models, in any order, for every repetition (seed).
+        ranking: how options are ranked.
+
+    Raises:
+        ValueError: predictions that are not all about the same rows.
+    """
+    groups = [_by_task(specs, side) for pair in pairs for side in pair]
+    found = {}
+    for task in dict.fromkeys(task for group in groups for task in group):
+        sides = [group.get(task, {}) for group in groups]
+        for side in sides:
+            if odd := sorted(side.keys() ^ sides[0].keys()):
+                raise ValueError(
+                    f"a and b hold different rows of task '{specs[task].name}': {len(odd)} in one only, first "
+                    f"'{odd[0]}'; compare predictions of the same split"
+                )
+        rows = [[side[key] for key in sides[0]] for side in sides]
+        found[specs[task].name] = _paired_task(specs[task], rows[::2], rows[1::2], ranking)
+    return found
 
 
 def normalise_answer(text: str) -> str:
@@ -231,19 +256,22 @@ def _statistic(metric: str, guess: np.ndarray, gold: np.ndarray, classes: int) -
 
 
 def _paired_task(
-    spec: TaskSpec, a: Sequence[Prediction], b: Sequence[Prediction], ranking: Ranking
-) -> tuple[float, float]:
-    """Difference and its standard error on one task; a[i] and b[i] are the same row."""
-    metric, n = spec.primary_metric, len(a)
+    spec: TaskSpec, a: Sequence[Sequence[Prediction]], b: Sequence[Sequence[Prediction]], ranking: Ranking
+) -> PairedScore:
+    """Mean difference over repetitions and its standard error on one task; a[s][i] and b[s][i] are the same row."""
+    metric, n = spec.primary_metric, len(a[0])
     if metric in MEAN_METRICS:
-        differences = _row_scores(metric, a, ranking) - _row_scores(metric, b, ranking)
-        return float(differences.mean()), float(differences.std()) / math.sqrt(n)
-    sides = [_guess_and_gold(spec, side, ranking) for side in (a, b)]
-    values = [_point_estimate(metric, *side) for side in sides]
-    statistics = [_statistic(metric, *side) for side in sides]
+        pairs = zip(a, b, strict=True)
+        own = [_row_scores(metric, one, ranking) - _row_scores(metric, other, ranking) for one, other in pairs]
+        differences = np.mean(own, axis=0)
+        return PairedScore(float(differences.mean()), float(differences.std()) / math.sqrt(n))
+    sides = [[_guess_and_gold(spec, one, ranking) for one in side] for side in (a, b)]
+    values = [np.mean([_point_estimate(metric, *one) for one in side]) for side in sides]
+    statistics = [[_statistic(metric, *one) for one in side] for side in sides]
 
     def difference(index: IntArray) -> np.ndarray:
-        return statistics[0](index) - statistics[1](index)
+        means = [np.mean([statistic(index) for statistic in side], axis=0) for side in statistics]
+        return means[0] - means[1]
 
-    resampled = bootstrap(difference, n, sides[0][2] * sides[0][2])
-    return values[0] - values[1], float(resampled.std(ddof=1))
+    resampled = bootstrap(difference, n, sides[0][0][2] ** 2)
+    return PairedScore(float(values[0] - values[1]), float(resampled.std(ddof=1)))

@@ -8,10 +8,13 @@ import torch
 import yaml
 
 from moe_peft.cli import CLI, run
+from moe_peft.data.tasks import SPLITS
+from moe_peft.rack.command import prepare
+from moe_peft.rack.settings import read_comparison
 from tests.data.toys import class_rows, write_task
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FOLDERS = ("bases", "data", "methods", "paper", "trainer")
+FOLDERS = ("bases", "compare", "data", "methods", "paper", "trainer")
 SMALL = "bases/smollm2-135m"
 UNCLIPPED = 1.0  # the command line's own gradient_clip_val, where a method's file gives none
 
@@ -52,6 +55,41 @@ def test_a_base_composes_with_a_method_and_data(compose, base):
     assert backbone.config().model_type == given["init_args"]["shape"]["model_type"]
     assert cli.datamodule.backbone.name == backbone.name
     assert [spec.name for spec in cli.model.specs] == [spec.name for spec in cli.datamodule.specs]
+
+
+@pytest.mark.parametrize("method", names("methods"))
+def test_a_method_of_the_rack_composes_with_a_small_base(compose, method):
+    given = yaml.safe_load((CONFIGS / f"{method}.yaml").read_text())
+    classes = method == "methods/head-only"
+    base, data = ("bases/minilm-l6", "data/glue_style") if classes else (SMALL, "data/quickstart")
+    cli = compose(method, base, data, "trainer/cpu")
+    assert type(cli.model).__name__ == given["model"]["class_path"]
+    assert Path(given["trainer"]["default_root_dir"]) == Path("runs") / Path(method).name
+    rate = given["model"]["init_args"]["optimizer"]["init_args"]["lr"]
+    assert rate > 0  # a comparison chooses another
+    wanted = [one["class_path"] for one in given["trainer"].get("callbacks", [])]
+    assert set(wanted) <= {type(callback).__name__ for callback in cli.trainer.callbacks}
+
+
+@pytest.mark.parametrize("comparison", names("compare"))
+def test_a_comparison_names_what_there_is(comparison):
+    own = read_comparison(CONFIGS / f"{comparison}.yaml")
+    assert own.reference in [entry.tag for entry in own.entries] and len(own.rates) == 3
+    assert own.out == Path("runs") / f"compare-{Path(comparison).name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("comparison", names("compare"))
+def test_a_comparison_resolves(comparison, tmp_path):
+    given = yaml.safe_load((CONFIGS / f"{comparison}.yaml").read_text())
+    sources = yaml.safe_load((CONFIGS / "data" / f"{given['data']}.yaml").read_text())["data"]["init_args"]["tasks"]
+    for name in map(folder_of, sources):
+        write_task(tmp_path / name, {split: class_rows(4) for split in SPLITS})
+    contest = prepare(CONFIGS / f"{comparison}.yaml", [f"--data.root={tmp_path}"])
+    sized = [row for row, entry in zip(contest.rows, contest.comparison.entries, strict=True) if entry.sized]
+    assert contest.budget and len(sized) >= 6
+    assert all(contest.budget <= row.parameters < 1.7 * contest.budget for row in sized)
+    assert contest.comparison.reference in [row.tag for row in contest.rows]
 
 
 @pytest.mark.parametrize("method", names("paper"))

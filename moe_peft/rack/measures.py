@@ -1,0 +1,165 @@
+"""The lines of the table: what every row of a comparison scored, and what it costs."""
+
+import json
+import math
+from collections.abc import Sequence
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+import torch
+
+from moe_peft.callbacks.costs import FILE as COSTS
+from moe_peft.checkpoint import read_checkpoint
+from moe_peft.counting import build_on_meta, model_parser
+from moe_peft.rack.command import Contest, validation_score
+from moe_peft.rack.fits import Fit
+from moe_peft.rack.flops import Flops, forward_flops
+from moe_peft.rack.paired import Paired, paired, read_answers
+from moe_peft.rack.rows import Row
+from moe_peft.reporting.comparison import Contestant, Spread
+from moe_peft.reporting.comparison_pictures import during_training
+from moe_peft.reporting.routing import ALL
+from moe_peft.reporting.run import Run
+from moe_peft.runs import find_checkpoint
+
+ROUTER = ("entropy", "mutual_information", "dead", "collapsed")
+
+
+class Line(NamedTuple):
+    """A row of the table; its runs are those with the chosen learning rate."""
+
+    row: Row
+    fits: list[Fit]
+    contestant: Contestant
+    tried: list[tuple[Fit, float | None]]
+    """The fits of the first seed, with their scores on validation data; None for one that diverged."""
+    paired: Paired | None
+    """None for the reference itself."""
+    trainable: int
+    """Parameters, heads included."""
+    deployed: int
+    """Numbers that inference needs beside the base: buffers such as centroids included, before any merging."""
+    stored_bytes: int
+    flops: Flops | None
+    step_seconds: float | None
+    peak_bytes: int
+    router: dict[str, float]
+
+    @property
+    def commits(self) -> list[str]:
+        """Of the code that the runs were made with."""
+        return list(dict.fromkeys(fit.about["commit"] for fit in self.fits))
+
+    @property
+    def rate(self) -> float | None:
+        """The chosen learning rate; None for the method's own."""
+        return self.fits[0].rate
+
+
+def standard_error(own: Spread | None) -> float | None:
+    """Standard error of a mean over seeds."""
+    return None if own is None or own.sd is None else own.sd / math.sqrt(len(own.values))
+
+
+def measure(contest: Contest) -> list[Line]:
+    """Measures every row that has a finished run."""
+    found: dict[str, list[Fit]] = {}
+    for row in contest.rows:
+        chosen = contest.chosen(row)
+        if chosen is not None:
+            found[row.tag] = [fit for fit in contest.repeated(row, chosen.rate) if fit.finished]
+    reference = found.get(contest.comparison.reference, [])
+    return [line_of(contest, row, found[row.tag], reference) for row in contest.rows if row.tag in found]
+
+
+def line_of(contest: Contest, row: Row, fits: list[Fit], reference: Sequence[Fit]) -> Line:
+    """Measures one row.
+
+    Args:
+        contest: whose.
+        row: the row.
+        fits: its finished ones, with the chosen learning rate.
+        reference: those of the row to compare with.
+    """
+    runs = [Run(fit.folder) for fit in fits]
+    state = read_checkpoint(find_checkpoint(fits[0].folder), "checkpoint")["state_dict"]
+    costs = [json.loads((fit.folder / COSTS).read_text(encoding="utf-8")) for fit in fits]
+    steps = [own["step_seconds"] for own in costs if own["step_seconds"] is not None]
+    assert runs[0].results is not None
+    return Line(
+        row,
+        fits,
+        Contestant(row.tag, runs),
+        [(fit, validation_score(fit)) for fit in contest.tried(row)],
+        None if row.tag == contest.comparison.reference else against(row, fits, reference),
+        runs[0].results["trainable_parameters"],
+        sum(tensor.numel() for tensor in state.values()),
+        sum(tensor.nbytes for tensor in state.values()),
+        flops_of(runs[0], len(row.sources)),
+        median(steps) if steps else None,
+        max(own["peak_device_bytes"] or own["peak_resident_bytes"] for own in costs),
+        router_of(runs),
+    )
+
+
+def against(row: Row, fits: Sequence[Fit], reference: Sequence[Fit]) -> Paired | None:
+    """Compares a row with the reference, on the seeds that both have; None where they have none in common."""
+    there = {fit.seed: fit for fit in reference}
+    pairs = [(read_answers(fit.folder), read_answers(there[fit.seed].folder)) for fit in fits if fit.seed in there]
+    if not pairs:
+        return None
+    ranking = (Run(fits[0].folder).results or {})["ranking"]
+    return paired([source.spec() for source in row.sources], pairs, ranking)
+
+
+def flops_of(run: Run, tasks: int) -> Flops | None:
+    """Counts the FLOPs of a run's model, from its configuration."""
+    config = model_parser().parse_object({"model": run.config["model"]})
+    config.model.init_args.backbone.init_args.gradient_checkpointing = False
+    with torch.random.fork_rng():
+        return forward_flops(build_on_meta(config, tasks))
+
+
+def router_of(runs: Sequence[Run]) -> dict[str, float]:
+    """Means over layers and seeds of what the routing looked like in the test, or at the last validation."""
+    last = []
+    for run in runs:
+        tests = [own for own in run.summary if own.layer == ALL and own.split == "test"]
+        if means := tests or during_training(run.summary):
+            last.append(means[-1])
+    return {name: fmean(getattr(own, name) for own in last) for name in ROUTER} if last else {}
+
+
+def plain(line: Line, tasks: Sequence[str]) -> dict[str, Any]:
+    """A row of the table as plain types."""
+
+    def scored(own: Spread | None) -> dict[str, Any] | None:
+        return None if own is None else {"mean": own.mean, "stderr": standard_error(own), "values": own.values}
+
+    flops = None if line.flops is None else line.flops._asdict()
+    return {
+        "tag": line.row.tag,
+        "method": line.row.method,
+        "config": [str(file) for file in line.row.files],
+        "overlay": line.row.overlay,
+        "learning_rate": line.rate,
+        "tried": [
+            {"learning_rate": fit.rate, "validation": score, "failed": fit.failed, "run": str(fit.folder)}
+            for fit, score in line.tried
+        ],
+        "runs": [
+            {"run": str(fit.folder), "seed": fit.seed, "commit": fit.about["commit"], "hash": fit.about["hash"]}
+            for fit in line.fits
+        ],
+        "tasks": {task: scored(line.contestant.score(task)) for task in tasks},
+        "mean": scored(line.contestant.mean()),
+        "paired": None if line.paired is None else line.paired._asdict(),
+        "adapter_parameters": line.row.parameters,
+        "trainable_parameters": line.trainable,
+        "deployed_parameters": line.deployed,
+        "stored_bytes": line.stored_bytes,
+        "flops_per_token": flops,
+        "step_seconds": line.step_seconds,
+        "peak_bytes": line.peak_bytes,
+        "router": line.router,
+    }

@@ -1,0 +1,156 @@
+"""What a comparison writes: compare.json, compare.csv, compare.md and the page compare.html with its pictures."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_peft.callbacks.results import write_text
+from moe_peft.rack.command import Contest
+from moe_peft.rack.measures import ROUTER, Line, measure, plain, standard_error
+from moe_peft.rack.page import page
+from moe_peft.reporting.comparison import Spread, check_alike, references
+from moe_peft.reporting.drawing import drawing
+from moe_peft.reporting.files import as_csv, write_page
+
+NAME = "compare"
+COSTS = ("adapter_parameters", "trainable_parameters", "deployed_parameters", "stored_bytes")
+NOTES = (
+    "Points (100 is perfect), mean over seeds ± standard error over seeds.",
+    "The paired difference is over the same test rows and seeds, ± its standard error: the root of the sum of squares "
+    "of that over rows (of the seeds' mean differences) and that over seeds (one seed: over rows alone).",
+    "Every learning rate was chosen on validation data with the first seed.",
+    "Adapters: their trainable parameters; trainable: heads too; deployed: all numbers beside the base that inference "
+    "needs, before any merging; FLOPs: matrix products of a forward per token, over the bare base's; step: median; "
+    "memory: the device's peak, on a CPU the process's.",
+)
+
+
+def write_tables(contest: Contest, out: Path) -> Path:
+    """Measures what is finished and writes every table.
+
+    Args:
+        contest: whose fits.
+        out: the folder to write into.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: no row has a finished run.
+    """
+    lines = measure(contest)
+    runs = [run for line in lines for run in line.contestant.runs]
+    if not runs:
+        raise ValueError("methods: no fit has come to its end without diverging; give lower learning_rates")
+    check_alike(runs)
+    tasks = contest.rows[0].tasks
+    diverged = [row.tag for row in contest.rows if row.tag not in [line.row.tag for line in lines]]
+    content = {
+        "base": runs[0].base,
+        "tasks": tasks,
+        "budget": contest.budget,
+        "reference": contest.comparison.reference,
+        "seeds": contest.comparison.seeds,
+        "learning_rates": contest.comparison.rates,
+        "references": {
+            name: {task: own and own.mean for task, own in row.items()} for name, row in references(runs).items()
+        },
+        "rows": [plain(line, tasks) for line in lines],
+        "diverged": diverged,
+    }
+    write_text(out / f"{NAME}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(out / f"{NAME}.csv", as_csv(*wide_table(lines, tasks)))
+    write_text(out / f"{NAME}.md", markdown(contest, lines, tasks, diverged))
+    with drawing():
+        text, pictures = page(contest, lines, tasks, NOTES)
+    return write_page(out / f"{NAME}.html", text, pictures)
+
+
+def wide_table(lines: Sequence[Line], tasks: Sequence[str]) -> tuple[list[str], list[tuple]]:
+    """A line per row of the comparison, every number in a column of its own."""
+    header = ["tag", "method", "learning_rate", "seeds", "mean", "mean_stderr", "paired", "paired_stderr"]
+    header += [name for task in tasks for name in (task, f"{task}_stderr")]
+    header += [*COSTS, "flops_per_token", "step_seconds", "peak_bytes", *ROUTER, "commit", "config", "runs"]
+    rows = []
+    for line in lines:
+        scores = [line.contestant.mean(), *(line.contestant.score(task) for task in tasks)]
+        numbers = [value for own in scores for value in (own and own.mean, standard_error(own))]
+        paired = (None, None) if line.paired is None else (line.paired.difference, line.paired.stderr)
+        rows.append(
+            (
+                *(line.row.tag, line.row.method, line.rate, len(line.fits), *numbers[:2], *paired, *numbers[2:]),
+                *(line.row.parameters, line.trainable, line.deployed, line.stored_bytes),
+                *(line.flops and line.flops.adapters, line.step_seconds, line.peak_bytes),
+                *(line.router.get(name) for name in ROUTER),
+                *(" ".join(own) for own in (line.commits, map(str, line.row.files))),
+                " ".join(str(fit.folder) for fit in line.fits),
+            )
+        )
+    return header, rows
+
+
+def points(own: Spread | None) -> str:
+    """A score in points with its standard error."""
+    if own is None:
+        return "n/a"
+    error = standard_error(own)
+    return f"{100 * own.mean:.1f}" + ("" if error is None else f" ±{100 * error:.1f}")
+
+
+def gain(line: Line) -> str:
+    """A paired difference in points with its standard error."""
+    return "" if line.paired is None else f"{100 * line.paired.difference:+.1f} ±{100 * line.paired.stderr:.1f}"
+
+
+def markdown(contest: Contest, lines: Sequence[Line], tasks: Sequence[str], diverged: Sequence[str]) -> str:
+    """The content of compare.md: scores, costs, and where every row comes from."""
+    runs = [run for line in lines for run in line.contestant.runs]
+    against = f"against {contest.comparison.reference}"
+    scores = [["", *tasks, "mean", against]]
+    for name, row in references(runs).items():
+        cells = [f"{100 * own.mean:.1f}" if (own := row.get(task)) else "n/a" for task in [*tasks, "mean"]]
+        scores.append([name, *cells, ""])
+    for line in lines:
+        cells = [points(line.contestant.score(task)) for task in tasks]
+        scores.append([line.row.tag, *cells, points(line.contestant.mean()), gain(line)])
+    costs = [["", "adapters", "trainable", "deployed", "stored bytes", "FLOPs / token", "s / step", "memory, MiB"]]
+    costs[0] += ["router entropy", "mutual information", "dead", "collapsed"]
+    for line in lines:
+        flops = None if line.flops is None else line.flops.adapters
+        numbers = [line.row.parameters, line.trainable, line.deployed, line.stored_bytes, flops]
+        step = "" if line.step_seconds is None else f"{line.step_seconds:.2f}"
+        router = [f"{line.router[name]:.2f}" if name in line.router else "" for name in ROUTER]
+        cells = ["n/a" if number is None else f"{number:,}" for number in numbers]
+        costs.append([line.row.tag, *cells, step, f"{line.peak_bytes / 2**20:,.0f}", *router])
+    origins = [["", "learning rate", "validation of all rates tried", "configuration", "commit", "runs"]]
+    for line in lines:
+        rate = "its own" if line.rate is None else f"{line.rate:g}"
+        config = ", ".join(f"`{file}`" for file in line.row.files)
+        folders = ", ".join(f"`{fit.folder}`" for fit in line.fits)
+        origins.append([line.row.tag, rate, tried(line), config, ", ".join(line.commits), folders])
+    budget = "none" if contest.budget is None else f"{contest.budget:,} adapter parameters"
+    notes = [*NOTES, *([f"Diverged at every rate: {', '.join(diverged)}."] if diverged else [])]
+    return "\n".join(
+        [
+            f"# {len(lines)} methods on {runs[0].base}",
+            "",
+            f"Budget: {budget}. Seeds: {', '.join(map(str, contest.comparison.seeds))}.",
+            "",
+            *(text for table in (scores, costs, origins) for text in (*as_markdown(table), "")),
+            *(f"- {note}" for note in notes),
+            "",
+        ]
+    )
+
+
+def tried(line: Line) -> str:
+    """The scores on validation data by learning rate."""
+    each = ["diverged" if score is None else f"{100 * score:.1f}" for _, score in line.tried]
+    rates = ["" if fit.rate is None else f"{fit.rate:g}: " for fit, _ in line.tried]
+    return ", ".join(rate + score for rate, score in zip(rates, each, strict=True))
+
+
+def as_markdown(table: Sequence[Sequence[str]]) -> list[str]:
+    """A table's lines; the first row is its header."""
+    rule = ["---"] * len(table[0])
+    return ["| " + " | ".join(cells) + " |" for cells in (table[0], rule, *table[1:])]

@@ -1,0 +1,169 @@
+"""Whole comparisons of tiny models: what is written, and how they go on after they broke off."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moe_peft.rack import fits
+from moe_peft.rack.command import compare
+from moe_peft.rack.lock import locked
+from moe_peft.reporting.run import Run
+from tests.rack.tiny_rack import in_process, rack
+from tests.tiny_kills import ROOT, recorded
+from tests.tiny_runs import RECORDER, files, world
+
+__all__ = ["in_process", "rack", "world"]
+
+
+@pytest.fixture
+def done(rack, in_process):
+    """A finished comparison of LoRA and T-REX at T-REX's size, with two seeds and rates."""
+    file = rack.write(budget="trex", seeds=[0, 1], learning_rates=[0.001, 0.01])
+    said = []
+    page = compare(file, say=said.append)
+    return file, page, said
+
+
+def test_a_comparison_writes_its_tables_once_and_runs_nothing_again(rack, in_process, done):
+    file, page, said = done
+    assert page == rack.out / "compare.html" and len(said) == 6 and len(in_process.commands) == 6
+    content = json.loads((rack.out / "compare.json").read_text())
+    assert [row["tag"] for row in content["rows"]] == ["lora", "trex"]
+    for row in content["rows"]:
+        check_row(row, content)
+    assert content["rows"][0]["paired"] is None and content["rows"][0]["router"] == {}
+    assert content["rows"][1]["adapter_parameters"] == content["budget"]
+    assert 0 < content["rows"][1]["router"]["entropy"] <= 1
+    with (rack.out / "compare.csv").open(newline="") as table:
+        lines = list(csv.DictReader(table))
+    assert [float(line["mean"]) for line in lines] == [row["mean"]["mean"] for row in content["rows"]]
+    text = (rack.out / "compare.md").read_text()
+    assert all(row["runs"][0]["run"] in text and row["runs"][0]["commit"] in text for row in content["rows"])
+    assert "<script" not in page.read_text() and "src=" not in page.read_text()
+    before = files(rack.out / "runs")
+    assert compare(file, say=said.append) == page and len(said) == 6 and len(in_process.commands) == 6
+    assert files(rack.out / "runs") == before
+
+
+def check_row(row, content):
+    """Every number of a row is what its runs say."""
+    runs = [Run(each["run"]) for each in row["runs"]]
+    means = [run.results["rows"]["model"]["mean"] for run in runs]
+    assert row["mean"]["values"] == means and row["mean"]["stderr"] == pytest.approx(abs(means[0] - means[1]) / 2)
+    best = max(row["tried"], key=lambda one: one["validation"])
+    assert row["learning_rate"] == best["learning_rate"] and row["runs"][0]["run"] == best["run"]
+    assert [run.model["optimizer"]["init_args"]["lr"] for run in runs] == [row["learning_rate"]] * 2
+    assert [run.seed for run in runs] == content["seeds"]
+    assert row["adapter_parameters"] >= content["budget"]
+    assert row["trainable_parameters"] == row["adapter_parameters"]  # a decoder has no heads
+    assert (
+        row["deployed_parameters"] >= row["adapter_parameters"] and row["stored_bytes"] >= 4 * row["adapter_parameters"]
+    )
+    assert row["flops_per_token"]["adapters"] == pytest.approx(2 * row["adapter_parameters"], rel=0.01)
+    assert row["step_seconds"] > 0 and row["peak_bytes"] > 2**20
+
+
+def test_a_fit_that_broke_off_goes_on_and_one_without_a_checkpoint_begins_anew(rack, in_process, monkeypatch):
+    recorder = {"class_path": RECORDER, "init_args": {"stop_at": 9}}
+    rack.common["trainer"]["callbacks+"] = [recorder]
+    file = rack.write(["lora"])
+    with pytest.raises(RuntimeError, match="killed"):
+        compare(file)
+    (folder,) = rack.out.glob("runs/lora/seed0-*")
+    assert [line["step"] for line in recorded(folder)][-1] == 9
+    go_on = json.loads((folder / "rack.json").read_text())["seconds"]
+    recorder["init_args"]["stop_at"] = None
+    digest = folder.name.rpartition("-")[2]
+    monkeypatch.setattr("moe_peft.rack.command.digest", lambda *_: digest)  # the same fit, but for what broke it
+    compare(rack.write(["lora"]))
+    assert "--ckpt_path=last" in in_process.commands[-1]
+    steps = [line["batch"] for line in recorded(folder)]
+    assert steps[:9] == list(range(9)) and 0 < steps[9] <= 9 and steps[-1] == 11
+    assert json.loads((folder / "rack.json").read_text())["seconds"] > go_on
+    (folder / "results.json").unlink()
+    for checkpoint in (folder / "checkpoints").iterdir():
+        checkpoint.unlink()
+    compare(rack.write(["lora"]))
+    assert "--ckpt_path=last" not in in_process.commands[-1]
+    assert [line["batch"] for line in recorded(folder)] == list(range(12))
+
+
+def test_two_comparisons_do_not_write_one_folder_and_a_lock_left_behind_is_none(rack, in_process, run_tool):
+    file = rack.write(["lora"])
+    rack.out.mkdir()
+    (rack.out / ".lock").write_text("process 1 on elsewhere\n")
+    with locked(rack.out):
+        status, _, errors = run_tool("compare", file)
+        assert status == 2 and errors[0].startswith(
+            f"error: out: '{rack.out}' is being written by process {os.getpid()} on "
+        )
+        assert not in_process.commands
+    assert run_tool("compare", file)[0] == 0 and len(in_process.commands) == 1
+
+
+def test_a_fit_that_outlives_its_comparison_keeps_the_folder(tmp_path):
+    with locked(tmp_path) as lock:
+        fit = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
+    with pytest.raises(ValueError, match="is being written by process"), locked(tmp_path):
+        pass
+    fit.communicate(b"\n")
+    with locked(tmp_path):
+        pass
+
+
+def test_a_process_that_is_told_to_end_is_waited_for(tmp_path):
+    script = "import signal, time, sys; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(143)))"
+    command = [sys.executable, "-uc", f"{script}; print('up'); time.sleep(60)"]
+    log = tmp_path / "log"
+    own = f"""
+import signal, sys
+from pathlib import Path
+from moe_peft.rack.command import told_to_end
+from moe_peft.rack.fits import supervised
+with told_to_end():
+    try:
+        supervised({command!r}, Path({str(log)!r}), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(Path({str(log)!r}).read_text().split() != ["up", "saved"])
+"""
+    process = subprocess.Popen([sys.executable, "-c", own], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (log.exists() and "up" in log.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_the_tool_goes_on_after_ctrl_c(rack):
+    rack.common["trainer"] |= {"callbacks+": [{"class_path": RECORDER, "init_args": {"pause": 0.3}}]}
+    file = rack.write(["lora", "trex"])
+    command = [sys.executable, "tools/compare.py", str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not any(rack.out.glob("runs/lora/*/checkpoints/last.ckpt")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == "stopped; the same command goes on\n" and process.returncode == 130
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert [line[:12] for line in done.stdout.splitlines()] == ["[1/2] lora, ", "[2/2] trex, ", "Written to /"]
+    (log,) = rack.out.glob("runs/lora/*/rack.log")
+    assert "SIGTERM: stopped at step" in log.read_text()
+    batches = [line["batch"] for line in recorded(log.parent)]
+    assert sorted(set(batches)) == list(range(12)) and len(batches) <= 13
+
+
+def test_what_a_fit_said_last_is_its_error(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("step 1\nerror: bad\nstopped  at step 1\n\n")
+    assert fits.last_words(log) == "bad"

@@ -1,0 +1,119 @@
+"""The size that a budget gives a method: against counting, for every method there is, and in a real fit."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moe_peft.budget import adapter_parameters, config_names, fit_budget, method_arguments, scales
+from tests.tiny_runs import world
+
+__all__ = ["world"]
+METHODS = config_names("methods").split(", ")
+TASKS = 3
+ENCODER = """
+model:
+  init_args:
+    backbone:
+      class_path: Classifier
+      init_args:
+        name: none
+        dtype: float32
+        shape: {model_type: bert, vocab_size: 97, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 4,
+                num_attention_heads: 4}
+"""
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A tiny encoder's YAML."""
+    file = tmp_path / "base.yaml"
+    file.write_text(ENCODER)
+    return str(file)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_can_be_sized_or_says_why_not(method, base):
+    arguments = method_arguments(method, base)
+    own = adapter_parameters(arguments, TASKS)
+    try:
+        fitted = fit_budget(arguments, own + 1, TASKS)
+    except ValueError as error:
+        assert "it has one size" in str(error) or "gives it as many" in str(error)
+        return
+    found = adapter_parameters([*arguments, *typed(fitted)], TASKS)
+    assert found == fitted.form.parameters > own
+    exact = fit_budget(arguments, found, TASKS)
+    assert (exact.form, exact.above) == (fitted.form, 0)
+
+
+def typed(fitted):
+    """A found size on the command line."""
+    return [f"--model.{name}={value}" for name, value in fitted.arguments.items()]
+
+
+@pytest.mark.parametrize("budget", [1_664, 1_665, 30_000, 1_000_003])
+def test_it_is_the_first_that_is_not_below(budget, base):
+    arguments = method_arguments("lora", base)
+    fitted = fit_budget(arguments, budget, TASKS)
+    rank = fitted.arguments["rank"]
+    assert fitted.above >= 0 and fitted.form.parameters == adapter_parameters([*arguments, *typed(fitted)], TASKS)
+    if rank > 1:
+        assert adapter_parameters([*arguments, f"--model.rank={rank - 1}"], TASKS) < budget
+
+
+def test_a_size_by_layer_is_scaled_as_a_whole(base):
+    arguments = [*method_arguments("mola", base), "--model.rank=[2,4,6,8]", "--model.experts=1", "--model.top_k=1"]
+    at_home = adapter_parameters(arguments, TASKS)
+    assert fit_budget(arguments, at_home, TASKS).arguments == {"rank": [2, 4, 6, 8]}
+    assert fit_budget(arguments, 2 * at_home, TASKS).arguments["rank"] == [4, 8, 13, 17]  # router rows do not grow
+    assert fit_budget(arguments, 1 + at_home, TASKS).arguments["rank"] in ([2, 4, 6, 9], [2, 4, 7, 8], [3, 4, 6, 8])
+
+
+def test_all_roundings_of_a_list_come_in_order():
+    factors = scales({2, 3})
+    forms = [
+        [max(1, round(float(value * factor) + 1e-9)) for value in (2, 3)]
+        for factor in [next(factors) for _ in range(6)]
+    ]
+    assert forms == [[1, 1], [1, 2], [2, 2], [2, 3], [2, 4], [3, 4]]
+
+
+def test_heads_are_no_part_of_the_budget(base):
+    few, many = (fit_budget(method_arguments("lora", base), 10_000, tasks) for tasks in (1, 9))
+    assert few.form.parameters == many.form.parameters and many.form.heads == 9 * few.form.heads > 0
+
+
+def test_the_tool_prints_what_fit_takes(base, run_tool, tmp_path):
+    given = ["--method", "trex", "--base", base, "--parameters", 20_000, "--tasks", TASKS, "--model.r1", 2]
+    status, out, errors = run_tool("fit_budget", *given)
+    assert (status, errors) == (0, [])
+    file = tmp_path / "overlay.yaml"
+    file.write_text("\n".join(out))
+    overlay = yaml.safe_load(file.read_text())["model"]
+    assert overlay["class_path"] == "TRex" and overlay["init_args"].keys() == {"r1", "r2"}
+    arguments = [*method_arguments("trex", base), "--config", str(file)]
+    found = adapter_parameters(arguments, TASKS)
+    assert out[0].startswith(f"# TRex: {found:,} adapter parameters, {found - 20_000:,} (")
+    status, lines, errors = run_tool("count_parameters", "--tasks", TASKS, *arguments)
+    assert status == 0 and "TRex" in out[0] and Path(file).is_file(), (lines, errors)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["lora", 4], "parameters: 4 is below the smallest form of LoRA, 1,664 (rank 1); give at least as many, adapt"),
+        (["head-only", 4], "parameters: 4 are more than HeadOnly can have (it has one size)"),
+        (["lora", 0], "parameters: 0 is below 1"),
+        (["molla", 9], "model: there is no class 'molla'; use "),
+        (["molla.yaml", 9], "method: there is no 'molla.yaml'; give a YAML, a class, or one of "),
+        (["lora", 9, "--model.rnak=3"], "model: LoRA has no argument 'rnak'; it has rank, "),
+        (["lora", 9, "--model.rank=0"], "rank: 0 is no size to begin with; give a whole number, or a list of them"),
+    ],
+)
+def test_a_mistake_is_one_line(run_tool, base, given, expected):
+    method, parameters, *more = given
+    named = ["--method", method, "--base", base, "--parameters", parameters]
+    status, out, errors = run_tool("fit_budget", *named, *more)
+    assert (status, out, len(errors)) == (2, [], 1), errors
+    assert errors[0].startswith(f"error: {expected}"), errors

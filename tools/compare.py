@@ -1,0 +1,42 @@
+#!/usr/bin/env python
+"""Compares methods on the same tasks, base, training and budget: runs what is missing, then writes one table.
+
+    python tools/compare.py configs/compare/minilm-13.yaml --data.root FOLDERS --dry-run   # what would be run
+    python tools/compare.py configs/compare/minilm-13.yaml --data.root FOLDERS
+
+Every method's learning rate is chosen on validation data, with the first seed; then every seed is run with it. What is
+finished and unchanged is never run again; after Ctrl-C (or a crash) the same command goes on. The folder `out` of the
+comparison gets compare.html, .md, .csv and .json, and all runs. Further arguments, such as --data.root, are those of
+`fit`, for every run.
+"""
+
+from pathlib import Path
+
+from moe_peft.command_line import mistakes_in_a_line, options
+
+
+def main() -> None:
+    """Compares, with a line for every fit; a user's mistake ends in one line and status 2, Ctrl-C in status 130."""
+    parser = options(__doc__)
+    parser.add_argument("comparison", metavar="COMPARE.yaml", type=Path, help="what is compared (see configs/compare)")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
+    given, more = parser.parse_known_args()
+
+    from moe_peft.cli import quiet
+    from moe_peft.rack.command import compare, plan, prepare
+
+    quiet()
+    with mistakes_in_a_line(Exception):  # jsonargparse and transformers raise a dozen kinds
+        if given.dry_run:
+            print("\n".join(plan(prepare(given.comparison, more))))
+            return
+        try:
+            page = compare(given.comparison, more, lambda line: print(line, flush=True))
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on", flush=True)
+            raise SystemExit(130) from None
+        print(f"Written to {page}.")
+
+
+if __name__ == "__main__":
+    main()
