@@ -92,8 +92,9 @@ def test_many_processes_train_as_one(seen, case, strategy):
 def test_the_cases_are_hard_ones(seen, case):
     one = seen["auto"][0][case.name]
     norm = math.sqrt(sum(gradient.square().sum().item() for gradient in one["gradients"][0].values()))
-    assert norm > 2 * CLIP or case.method in RACK  # clipping bites, in those above at least
-    assert one["moved"] > 1e-2 or not any(".factors." in name for name in one["gradients"][0])
+    own = case.method not in RACK  # whose files decide how far a random adapter moves anything
+    assert norm > 2 * CLIP or not own  # clipping bites
+    assert one["moved"] > (1e-2 if own else 1e-3) or not any(".factors." in name for name in one["gradients"][0])
     assert {name.split("/")[0] for name in one["metrics"]} >= {"val", "test"}
     if case.kind != "classifier":  # ranks hold unequal numbers of answer tokens
         ranks = zip(*(rank[case.name]["tokens"] for rank in seen["ddp"]), strict=True)

@@ -197,7 +197,10 @@ def test_a_cluster_without_rows_held_out_is_not_rated(module, origin):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"to": "peft"}, r"^to: TRex cannot be merged or exported as a LoRA: .*; use approximate task \(or cluster\)"),
+        (
+            {"to": "peft"},
+            r"^to: TRex cannot be merged or exported as a LoRA: .*; use --approximate task \(or cluster\)",
+        ),
         ({"to": "merged"}, "^to: TRex cannot be merged"),
         ({"to": "adapter", "task": None, "approximate": "task"}, "^approximate: an adapter is exact; leave it out"),
         ({"to": "peft", "approximate": "cluster"}, "^task: a cluster holds rows of all tasks; leave task 'tone' out"),

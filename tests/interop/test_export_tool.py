@@ -109,7 +109,7 @@ def test_the_command_refuses_a_method_that_reads_the_input(backbones, tmp_path, 
     file = save(trained(backbones["causal"], "TRex", r1=2, r2=3), tmp_path / "a.ckpt")
     status, _, errors = command(file, "--to=merged", "--task=all", f"--out={tmp_path / 'out'}")
     assert status == 2 and len(errors) == 1 and "TRex cannot be merged" in errors[0]
-    assert "use approximate task (or cluster) for their mean over real rows" in errors[0]
+    assert "use --approximate task (or cluster) for their mean over real rows" in errors[0]
     assert not (tmp_path / "out").exists()
 
 
