@@ -29,7 +29,12 @@ class ExpertClipping(Part):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips each expert, with its head, by its own norm, and every other group by one."""
+        """Clips each expert, with its head, by its own norm, and every other group by one.
+
+        One common norm would couple the experts: each would learn otherwise than alone.
+        """
+        if all(parameter.grad is None for parameter in self.parameters()):
+            return  # what learns has no gradient; torch clips no empty list by value
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             clip_per_expert(self._module(), float(gradient_clip_val))
         else:

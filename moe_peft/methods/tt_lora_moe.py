@@ -24,7 +24,7 @@ from moe_peft.layers.experts import ExpertLinear
 from moe_peft.layers.factors import TensorTrainFactors, TrainInit
 from moe_peft.methods.base import MultitaskModule
 from moe_peft.methods.evaluation import CONFIDENCE
-from moe_peft.methods.expert_clipping import clip_per_expert
+from moe_peft.methods.expert_clipping import ExpertClipping
 from moe_peft.methods.refusal import NO_LIMIT
 from moe_peft.methods.routing_report import router_accuracy, router_notes
 from moe_peft.methods.task_ids import check_task_ids
@@ -37,7 +37,7 @@ EVERYWHERE = "all"
 """Under which the one choice that serves all layers is recorded."""
 
 
-class TTLoRAMoE(MultitaskModule):
+class TTLoRAMoE(ExpertClipping, MultitaskModule):
     """One tensor-train expert per task and a router that picks one per row.
 
     Args:
@@ -247,20 +247,3 @@ class TTLoRAMoE(MultitaskModule):
         if self.training:
             self.router_trained.fill_(True)
         return {"router_loss": self.router_weight * loss}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips each expert (its cores and its head) by its own norm, and the router by its own.
-
-        One common norm would couple the experts: each would learn otherwise than alone.
-        """
-        if all(parameter.grad is None for parameter in self.parameters()):
-            return  # a router without a gradient learns; torch clips no empty list by value
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            clip_per_expert(self, float(gradient_clip_val))
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
