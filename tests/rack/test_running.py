@@ -141,13 +141,20 @@ with told_to_end():
     assert process.wait(30) == 0
 
 
+def hears_interrupts():
+    """Undoes what a shell does to commands in the background, tests among them: they are deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_the_tool_goes_on_after_ctrl_c(rack):
     rack.common["trainer"] |= {"callbacks+": [{"class_path": RECORDER, "init_args": {"pause": 0.3}}]}
     file = rack.write(["lora", "trex"])
     command = [sys.executable, "tools/compare.py", str(file)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=hears_interrupts
+    )
     deadline = time.monotonic() + 120
     while not any(rack.out.glob("runs/lora/*/checkpoints/last.ckpt")):
         assert time.monotonic() < deadline and process.poll() is None
