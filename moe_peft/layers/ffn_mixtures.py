@@ -32,6 +32,8 @@ EXITS = {
     "fc2": ("fc1",),
     "lin2": ("lin1",),
     "dense_4h_to_h": ("dense_h_to_4h",),
+    "fc_out": ("fc_in",),
+    "ffn_output": ("ffn",),
     "c_proj": ("c_fc",),
     "w2": ("w1", "w3"),
     "Wo": ("Wi",),

@@ -6,20 +6,15 @@ It does not fit W0 + B C A: it is not linear, and reads the linear's output. So 
 the papers' (N(0, 0.02) for both), U starts at zero, so that nothing changes at the start; their m is a sixteenth of O.
 """
 
-import re
 from typing import Any, ClassVar
 
 from torch import nn
 
 from moe_peft.layers.allocation import at_least
 from moe_peft.layers.bottlenecks import BottleneckLinear, Bottlenecks
+from moe_peft.layers.ffn_mixtures import ffns
 from moe_peft.layers.injection import find_linears
 from moe_peft.methods.transforms import OutputTransform
-
-EXIT = re.compile(
-    r"(.*\.)?(down_proj|fc2|fc_out|dense_4h_to_h|lin2|ffn_output|mlp\.Wo|(?<!attention\.)(wo|output\.dense))"
-)
-"""The last linear of an FFN, by the names that Hugging Face models give it."""
 
 
 class Adapters(OutputTransform):
@@ -49,7 +44,7 @@ class Adapters(OutputTransform):
         found = find_linears(model, self.targets)
         if self.targets != "all-linear":
             return found
-        exits = [name for name in found if EXIT.fullmatch(name)]
+        exits = list(ffns(found))
         if not exits:
             leaves = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in found}))
             raise ValueError(f"targets: no FFN is known by its linears' names ({leaves}); name the last of every FFN")
