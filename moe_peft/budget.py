@@ -30,8 +30,8 @@ Size = int | list[int]
 class Form(NamedTuple):
     """A method at one size."""
 
-    size: Size | None
-    """None for a method that has one size only."""
+    arguments: dict[str, Any]
+    """Of the method, that make the size; none for a method that has one size only."""
     parameters: int
     """Trainable ones of the adapters."""
     heads: int
@@ -41,7 +41,6 @@ class Fitted(NamedTuple):
     """A method at the size that a budget gives it."""
 
     method: str
-    argument: str
     form: Form
     budget: int
 
@@ -49,11 +48,6 @@ class Fitted(NamedTuple):
     def above(self) -> int:
         """Parameters above the budget."""
         return self.form.parameters - self.budget
-
-    @property
-    def arguments(self) -> dict[str, Size]:
-        """The arguments of the method that make the size."""
-        return {} if self.form.size is None else {self.argument: self.form.size}
 
     def __str__(self) -> str:
         """Says what was found in a line."""
@@ -72,20 +66,21 @@ class Forms:
 
     Args:
         config: a parsed configuration.
-        argument: the method's `sized_by`.
         tasks: number of tasks.
 
     Raises:
-        ValueError: the argument is no size.
+        ValueError: the method's size in it is none.
     """
 
-    def __init__(self, config: Namespace, argument: str, tasks: int) -> None:
-        self.config, self.argument, self.tasks = config, argument, tasks
-        self.start = config.model.init_args[argument] if argument else 1
+    def __init__(self, config: Namespace, tasks: int) -> None:
+        self.config, self.tasks = config, tasks
+        self.method: Any = class_of(config.model.class_path)
+        self.argument: str = self.method.sized_by
+        self.start = config.model.init_args[self.argument] if self.argument else 1
         values = self.start if isinstance(self.start, list) else [self.start]
         if not values or not all(isinstance(value, int) and value > 0 for value in values):
             raise ValueError(
-                f"{argument}: {self.start} is no size to begin with; give a whole number, or a list of them"
+                f"{self.argument}: {self.start} is no size to begin with; give a whole number, or a list of them"
             )
         self._factors = scales(set(values))
         self._known: list[Fraction] = []
@@ -104,15 +99,15 @@ class Forms:
         refusal = None
         for place in range(index, index + REFUSALS):
             config = self.config.clone()
-            if self.argument:
-                config.model.init_args[self.argument] = self.size(place)
             try:
+                resized = self.method.resized(config.model.init_args, self.size(place)) if self.argument else {}
+                for name, value in resized.items():
+                    config.model.init_args[name] = value
                 counts = count_parameters(build_on_meta(config, self.tasks))
             except ValueError as error:
                 refusal = refusal or error
                 continue
-            size = self.size(place) if self.argument else None
-            return Form(size, counts["trainable"] - counts["heads"], counts["heads"])
+            return Form(resized, counts["trainable"] - counts["heads"], counts["heads"])
         if index == 1 and refusal is not None:  # no matter of size, then
             raise refusal
         return None
@@ -198,22 +193,22 @@ def fit_budget(arguments: Sequence[str], parameters: int, tasks: int) -> Fitted:
         if value < 1:
             raise ValueError(f"{name}: {value} is below 1")
     config = model_parser().parse_args(list(arguments))
-    method: Any = class_of(config.model.class_path)
-    forms = Forms(config, method.sized_by, tasks)
+    forms = Forms(config, tasks)
     smallest, found = forms.at(1), forms.nearest(parameters)
     assert smallest is not None
-    name, sized = method.__name__, f" ({method.sized_by} {smallest.size})" if method.sized_by else ""
+    name, argument = forms.method.__name__, forms.argument
+    sized = f" ({argument} {smallest.arguments[argument]})" if argument else ""
     if smallest.parameters > parameters:
         raise ValueError(
             f"parameters: {parameters:,} is below the smallest form of {name}, {smallest.parameters:,}{sized}; give at "
             "least as many, adapt fewer linears (model.targets), or change its other arguments"
         )
     if found is None:
-        what = f"no {method.sized_by} gives it as many" if method.sized_by else "it has one size"
+        what = f"no {argument} gives it as many" if argument else "it has one size"
         raise ValueError(
             f"parameters: {parameters:,} are more than {name} can have ({what}); give fewer, or leave it as it is"
         )
-    return Fitted(name, method.sized_by, found, parameters)
+    return Fitted(name, found, parameters)
 
 
 def overlay(arguments: Sequence[str], fitted: Fitted, more: Sequence[str] = ()) -> str:
@@ -227,7 +222,7 @@ def overlay(arguments: Sequence[str], fitted: Fitted, more: Sequence[str] = ()) 
     plain, changed = (
         model_parser().parse_args([*arguments, *extra]).model.as_dict()["init_args"] for extra in ((), more)
     )
-    own = {name: value for name, value in changed.items() if value != plain.get(name)} | fitted.arguments
+    own = {name: value for name, value in changed.items() if value != plain.get(name)} | fitted.form.arguments
     head = f"# {fitted}.\n# Lay it over: {' '.join(arguments)}\n"
     return head + yaml.safe_dump({"model": {"class_path": fitted.method, "init_args": own}}, sort_keys=False)
 

@@ -49,25 +49,57 @@ def test_every_method_can_be_sized_or_says_why_not(method, base):
 
 def typed(fitted):
     """A found size on the command line."""
-    return [f"--model.{name}={value}" for name, value in fitted.arguments.items()]
+    return [f"--model.{name}={value}" for name, value in fitted.form.arguments.items()]
 
 
 @pytest.mark.parametrize("budget", [1_664, 1_665, 30_000, 1_000_003])
 def test_it_is_the_first_that_is_not_below(budget, base):
     arguments = method_arguments("lora", base)
     fitted = fit_budget(arguments, budget, TASKS)
-    rank = fitted.arguments["rank"]
+    rank = fitted.form.arguments["rank"]
     assert fitted.above >= 0 and fitted.form.parameters == adapter_parameters([*arguments, *typed(fitted)], TASKS)
     if rank > 1:
         assert adapter_parameters([*arguments, f"--model.rank={rank - 1}"], TASKS) < budget
 
 
 def test_a_size_by_layer_is_scaled_as_a_whole(base):
-    arguments = [*method_arguments("mola", base), "--model.rank=[2,4,6,8]", "--model.experts=1", "--model.top_k=1"]
+    own = ["--model.rank=[2,4,6,8]", "--model.alpha=[1,2,3,8]", "--model.experts=1", "--model.top_k=1"]
+    arguments = [*method_arguments("mola", base), *own]
     at_home = adapter_parameters(arguments, TASKS)
-    assert fit_budget(arguments, at_home, TASKS).arguments == {"rank": [2, 4, 6, 8]}
-    assert fit_budget(arguments, 2 * at_home, TASKS).arguments["rank"] == [4, 8, 13, 17]  # router rows do not grow
-    assert fit_budget(arguments, 1 + at_home, TASKS).arguments["rank"] in ([2, 4, 6, 9], [2, 4, 7, 8], [3, 4, 6, 8])
+    assert fit_budget(arguments, at_home, TASKS).form.arguments == {"rank": [2, 4, 6, 8], "alpha": [1, 2, 3, 8]}
+    assert fit_budget(arguments, 2 * at_home, TASKS).form.arguments["rank"] == [4, 8, 13, 17]  # router rows do not grow
+    assert fit_budget(arguments, 1 + at_home, TASKS).form.arguments["rank"] in (
+        [2, 4, 6, 9],
+        [2, 4, 7, 8],
+        [3, 4, 6, 8],
+    )
+
+
+@pytest.mark.parametrize(
+    "method, more, expected",
+    [
+        ("lora", [], 2.0),
+        ("lora", ["--model.use_rslora=true"], None),
+        ("more", [], 4.0),
+        ("moelora", [], 16.0),
+        ("smora", ["--model.top_k=1"], None),
+        ("tt-lora", [], None),
+    ],
+)
+def test_the_scale_of_the_updates_stays(method, more, expected, base):
+    fitted = fit_budget([*method_arguments(method, base), *more], 31_000, TASKS).form.arguments
+    assert fitted.get("alpha") == (expected and expected * fitted["rank"])
+
+
+def test_scales_by_layer_go_with_ranks_by_layer(base):
+    start = method_arguments("mola", base)
+    arguments = [*start, "--model.rank=[2,4]", "--model.alpha=8"]
+    fitted = fit_budget(arguments, 20_000, TASKS).form.arguments
+    assert fitted["rank"] != [2, 4] and fitted["alpha"] == [
+        8 * new / old for new, old in zip(fitted["rank"], (2, 4), strict=True)
+    ]
+    with pytest.raises(ValueError, match=r"alpha: \[1.0, 2.0, 3.0\] has not as many numbers as rank: \[2, 4\]"):
+        fit_budget([*start, "--model.rank=[2,4]", "--model.alpha=[1,2,3]"], 20_000, TASKS)
 
 
 def test_all_roundings_of_a_list_come_in_order():

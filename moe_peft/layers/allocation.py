@@ -43,6 +43,23 @@ def places(names: Iterable[str]) -> dict[str, Place]:
     }
 
 
+def in_proportion(alpha: float | list[float], old: int | list[int], new: int | list[int]) -> float | list[float]:
+    """Returns the α that has to a new rank the ratio that α has to the old one.
+
+    Raises:
+        ValueError: lists of different lengths.
+    """
+    if not isinstance(old, list) and not isinstance(alpha, list):
+        return alpha * new / old  # type: ignore[operator]  # the new one is of the old one's kind
+    length = max(len(own) for own in (alpha, old) if isinstance(own, list))
+    alphas, olds, news = (own if isinstance(own, list) else [own] * length for own in (alpha, old, new))
+    if not len(alphas) == len(olds) == len(news):
+        raise ValueError(
+            f"alpha: {alpha} has not as many numbers as rank: {old}; give both one for each part of the layers"
+        )
+    return [own * to / at for own, at, to in zip(alphas, olds, news, strict=True)]
+
+
 def at_least(argument: str, value: N | list[N], least: N) -> None:
     """Refuses a number that is too small, or an empty list.
 

@@ -20,7 +20,7 @@ from moe_peft.embedders import Embedder
 from moe_peft.fingerprint import fingerprint
 from moe_peft.kernels.gated import Kernels, check_kernels
 from moe_peft.layers.adapted import AdaptedLinear
-from moe_peft.layers.allocation import Place, places
+from moe_peft.layers.allocation import Place, in_proportion, places
 from moe_peft.layers.injection import find_linears, inject, output_head
 from moe_peft.layers.prior import SemanticPrior
 from moe_peft.layers.representation import Representation
@@ -71,6 +71,8 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving, RoutingHook
     """Arguments with which the method is one LoRA (with its factors and scale), if there are any."""
     sized_by: ClassVar[str] = "rank"
     """The argument that decides how many parameters there are, all others left alone; "" where they have one number."""
+    scaled_by_rank: ClassVar[bool] = False
+    """Whether updates are scaled by α / r."""
     kinds: ClassVar[tuple[Kind, ...]] = KINDS
     """Kinds of backbones that the method serves."""
     missing_prior: Literal["error", "token_only"] = "error"
@@ -128,6 +130,19 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving, RoutingHook
         self.strict_loading = False
 
     # ---- what a method defines -------------------------------------------------------------------------------------
+
+    @classmethod
+    def resized(cls, arguments: Mapping[str, Any], size: int | list[int]) -> dict[str, Any]:
+        """Returns the arguments that give the method another size and leave the scale of its updates as it is.
+
+        Args:
+            arguments: the method's, at the size it has.
+            size: of `sized_by`.
+        """
+        own: dict[str, Any] = {cls.sized_by: size}
+        if cls.scaled_by_rank and cls.sized_by == "rank":
+            own["alpha"] = in_proportion(arguments["alpha"], arguments["rank"], size)
+        return own
 
     @property
     def embedder(self) -> Embedder | None:

@@ -4,7 +4,8 @@ y = W0 x + (α / r) B A x
 """
 
 import logging
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -41,6 +42,7 @@ class LoRA(MultitaskModule):
         common: the arguments of `MultitaskModule`.
     """
 
+    scaled_by_rank: ClassVar[bool] = True
     imported: Imported | None = None
     """Of a LoRA that PEFT wrote (see `interop.lora_module`)."""
 
@@ -63,6 +65,11 @@ class LoRA(MultitaskModule):
             raise ValueError("alpha: the list is empty; give a number, or one for each part of the layers")
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.rank_pattern, self.alpha_pattern, self.use_rslora = rank_pattern, alpha_pattern, use_rslora
+
+    @classmethod
+    def resized(cls, arguments: Mapping[str, Any], size: int | list[int]) -> dict[str, Any]:
+        """As every method; rank-stabilised LoRA keeps its α, which is what α / √r is for."""
+        return {"rank": size} if arguments["use_rslora"] else super().resized(arguments, size)
 
     def assemble(self) -> None:
         """Builds as every method, and warns of patterns that mean no linear."""

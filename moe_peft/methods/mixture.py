@@ -29,6 +29,7 @@ class Mixture(MultitaskModule):
         common: the arguments of `MultitaskModule`.
     """
 
+    scaled_by_rank: ClassVar[bool] = True
     layout: ClassVar[Layout] = "block"
     """How weights become a core, and with it which factors there are."""
 

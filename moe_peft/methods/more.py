@@ -59,6 +59,7 @@ class MoRE(MultitaskModule):
     """
 
     task_decides: ClassVar[bool] = True
+    scaled_by_rank: ClassVar[bool] = True
     default_rates: ClassVar[Mapping[str, float]] = {"routers": 1e-2}
     """At the adapters' rate the ranks stay where they start."""
 

@@ -64,7 +64,7 @@ def resolve(comparison: Comparison, entry: Entry, budget: int | None, more: Sequ
         else:
             fitted = fit_budget(arguments, budget, len(sources))
             parameters = fitted.form.parameters
-            overlay = merged(overlay, {"model": {"init_args": fitted.arguments}})
+            overlay = merged(overlay, {"model": {"init_args": fitted.form.arguments}})
             parsed = parse(files, overlay, more)
     if comparison.rates is not None and "lr" not in rate_of(parsed):
         raise ValueError(
