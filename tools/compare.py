@@ -3,11 +3,12 @@
 
     python tools/compare.py configs/compare/minilm-13.yaml --data.root FOLDERS --dry-run   # what would be run
     python tools/compare.py configs/compare/minilm-13.yaml --data.root FOLDERS
+    python tools/compare.py configs/compare/minilm-13.yaml --data.root FOLDERS --pack fits.tar.xz   # --unpack elsewhere
 
 Every method's learning rate is chosen on validation data, with the first seed; then every seed is run with it. What is
 finished and unchanged is never run again; after Ctrl-C (or a crash) the same command goes on. The folder `out` of the
 comparison gets compare.html, .md, .csv and .json, and all runs. Further arguments, such as --data.root, are those of
-`fit`, for every run.
+`fit`, for every run. --pack writes what is finished into a file, without checkpoints; --unpack takes it from there.
 """
 
 from pathlib import Path
@@ -19,16 +20,34 @@ def main() -> None:
     """Compares, with a line for every fit; a user's mistake ends in one line and status 2, Ctrl-C in status 130."""
     parser = options(__doc__)
     parser.add_argument("comparison", metavar="COMPARE.yaml", type=Path, help="what is compared (see configs/compare)")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="only say what would be run")
+    mode.add_argument("--tables", action="store_true", help="only write the tables of what is finished by now")
+    mode.add_argument("--pack", metavar="FILE.tar.xz", type=Path, help="only write the finished fits into a file")
+    mode.add_argument("--unpack", metavar="FILE.tar.xz", type=Path, help="only take finished fits out of a file")
     given, more = parser.parse_known_args()
 
     from moe_peft.cli import quiet
+    from moe_peft.rack.archive import pack, unpack
     from moe_peft.rack.command import compare, plan, prepare
+    from moe_peft.rack.tables import write_tables
+    from moe_peft.reporting.words import many
 
     quiet()
     with mistakes_in_a_line(Exception):  # jsonargparse and transformers raise a dozen kinds
         if given.dry_run:
             print("\n".join(plan(prepare(given.comparison, more))))
+            return
+        if given.tables:
+            contest = prepare(given.comparison, more)
+            print(f"Written to {write_tables(contest, contest.comparison.out)}.")
+            return
+        if given.pack is not None:
+            print(f"{many(pack(prepare(given.comparison, more), given.pack), 'fit')} written to {given.pack}.")
+            return
+        if given.unpack is not None:
+            new, finished = unpack(prepare(given.comparison, more), given.unpack)
+            print(f"{many(new, 'fit')} taken from {given.unpack}; {finished} of this comparison are finished.")
             return
         try:
             page = compare(given.comparison, more, lambda line: print(line, flush=True))

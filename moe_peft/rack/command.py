@@ -79,8 +79,12 @@ def prepare(file: Path, more: Sequence[str] = ()) -> Contest:
     return contest
 
 
-def refuse_other_tasks(contest: Contest) -> None:
+def refuse_other_tasks(contest: Contest, runs: Path | None = None) -> None:
     """Refuses rows of different tasks, and a folder whose finished runs are of others.
+
+    Args:
+        contest: whose rows.
+        runs: the folder; the comparison's own where not given.
 
     Raises:
         ValueError: names both lists.
@@ -92,7 +96,7 @@ def refuse_other_tasks(contest: Contest) -> None:
                 f"methods: {row.tag} is of the tasks {', '.join(row.tasks)}, {contest.rows[0].tag} of "
                 f"{', '.join(here)}; compare over the same tasks"
             )
-    for file in sorted((contest.comparison.out / RUNS).glob("*/*/rack.json")):
+    for file in sorted((runs or contest.comparison.out / RUNS).glob("*/*/rack.json")):
         there = json.loads(file.read_text(encoding="utf-8"))["tasks"]
         if (file.parent / "results.json").is_file() and there != here:
             raise ValueError(

@@ -25,6 +25,14 @@ from moe_peft.runs import find_checkpoint
 ROUTER = ("entropy", "mutual_information", "dead", "collapsed")
 
 
+class Stored(NamedTuple):
+    """What a checkpoint of an adapter holds."""
+
+    deployed_parameters: int
+    """Numbers that inference needs beside the base: buffers such as centroids included, before any merging."""
+    stored_bytes: int
+
+
 class Line(NamedTuple):
     """A row of the table; its runs are those with the chosen learning rate."""
 
@@ -37,9 +45,7 @@ class Line(NamedTuple):
     """None for the reference itself."""
     trainable: int
     """Parameters, heads included."""
-    deployed: int
-    """Numbers that inference needs beside the base: buffers such as centroids included, before any merging."""
-    stored_bytes: int
+    stored: Stored
     flops: Flops | None
     step_seconds: float | None
     peak_bytes: int
@@ -82,7 +88,6 @@ def line_of(contest: Contest, row: Row, fits: list[Fit], reference: Sequence[Fit
         reference: those of the row to compare with.
     """
     runs = [Run(fit.folder) for fit in fits]
-    state = read_checkpoint(find_checkpoint(fits[0].folder), "checkpoint")["state_dict"]
     costs = [json.loads((fit.folder / COSTS).read_text(encoding="utf-8")) for fit in fits]
     steps = [own["step_seconds"] for own in costs if own["step_seconds"] is not None]
     assert runs[0].results is not None
@@ -93,13 +98,21 @@ def line_of(contest: Contest, row: Row, fits: list[Fit], reference: Sequence[Fit
         [(fit, validation_score(fit)) for fit in contest.tried(row)],
         None if row.tag == contest.comparison.reference else against(row, fits, reference),
         runs[0].results["trainable_parameters"],
-        sum(tensor.numel() for tensor in state.values()),
-        sum(tensor.nbytes for tensor in state.values()),
+        stored(fits[0]),
         flops_of(runs[0], len(row.sources)),
         median(steps) if steps else None,
         max(own["peak_device_bytes"] or own["peak_resident_bytes"] for own in costs),
         router_of(runs),
     )
+
+
+def stored(fit: Fit) -> Stored:
+    """Returns what a fit's adapter holds: as noted where the fit came out of an archive, else by its checkpoint."""
+    about = fit.about
+    if Stored._fields[0] in about:
+        return Stored(*(about[name] for name in Stored._fields))
+    tensors = read_checkpoint(find_checkpoint(fit.folder), "checkpoint")["state_dict"].values()
+    return Stored(sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors))
 
 
 def against(row: Row, fits: Sequence[Fit], reference: Sequence[Fit]) -> Paired | None:
@@ -156,8 +169,7 @@ def plain(line: Line, tasks: Sequence[str]) -> dict[str, Any]:
         "paired": None if line.paired is None else line.paired._asdict(),
         "adapter_parameters": line.row.parameters,
         "trainable_parameters": line.trainable,
-        "deployed_parameters": line.deployed,
-        "stored_bytes": line.stored_bytes,
+        **line.stored._asdict(),
         "flops_per_token": flops,
         "step_seconds": line.step_seconds,
         "peak_bytes": line.peak_bytes,

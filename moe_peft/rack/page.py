@@ -90,7 +90,7 @@ def cost_table(lines: Sequence[Line]) -> Raw:
     rows: list[list[object]] = []
     for line in lines:
         flops = None if line.flops is None else line.flops.adapters
-        numbers = [line.row.parameters, line.trainable, line.deployed, line.stored_bytes, flops]
+        numbers = [line.row.parameters, line.trainable, *line.stored, flops]
         step = "n/a" if line.step_seconds is None else f"{line.step_seconds:.2f}"
         cells = ["n/a" if number is None else f"{number:,}" for number in numbers]
         rows.append([line.row.tag, *cells, step, f"{line.peak_bytes / 2**20:,.0f}"])

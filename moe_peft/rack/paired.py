@@ -9,6 +9,7 @@
 The two parts share what differs by row and seed at once, so that SE(D) is rather too large than too small.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from moe_peft.metrics import PairedScore, paired_scores
 from moe_peft.predictions import Prediction, Ranking
 
 Predictions = list[Prediction]
+ANSWERS = "answers.json"
+"""The answers of a fit that came out of an archive (see `rack.archive`)."""
 
 
 class Paired(NamedTuple):
@@ -59,6 +62,16 @@ def mean_of(scores: dict[str, PairedScore]) -> float:
 
 
 def read_answers(run: Path) -> Predictions:
-    """Reads what a run has answered on its test rows."""
+    """Reads what a run has answered on its test rows; where only the choices were kept, the scores are one-hot."""
+    kept = run / ANSWERS
+    if kept.is_file():
+        columns = json.loads(kept.read_text(encoding="utf-8"))
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [Prediction(scores=one_hot(row.pop("choice"), row.pop("options")), chars=(), **row) for row in rows]
     lines = (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     return [Prediction.from_json(line) for line in lines]
+
+
+def one_hot(choice: int | None, options: int) -> tuple[float, ...]:
+    """Scores that mean this choice; () where there are no options."""
+    return tuple(float(option == choice) for option in range(options))

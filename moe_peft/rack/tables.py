@@ -36,15 +36,20 @@ def write_tables(contest: Contest, out: Path) -> Path:
         The page.
 
     Raises:
-        ValueError: no row has a finished run.
+        ValueError: no row has a finished run whose learning rate is the chosen one.
     """
     lines = measure(contest)
     runs = [run for line in lines for run in line.contestant.runs]
     if not runs:
-        raise ValueError("methods: no fit has come to its end without diverging; give lower learning_rates")
+        raise ValueError(
+            "methods: no row's learning rate is chosen yet; wait for its fits, or give lower learning_rates where they "
+            "diverged"
+        )
     check_alike(runs)
     tasks = contest.rows[0].tasks
-    diverged = [row.tag for row in contest.rows if row.tag not in [line.row.tag for line in lines]]
+    left = [row for row in contest.rows if row.tag not in [line.row.tag for line in lines]]
+    diverged = [row.tag for row in left if all(fit.failed for fit in contest.tried(row))]
+    missing = [row.tag for row in left if row.tag not in diverged]
     content = {
         "base": runs[0].base,
         "tasks": tasks,
@@ -57,10 +62,11 @@ def write_tables(contest: Contest, out: Path) -> Path:
         },
         "rows": [plain(line, tasks) for line in lines],
         "diverged": diverged,
+        "missing": missing,
     }
     write_text(out / f"{NAME}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     write_text(out / f"{NAME}.csv", as_csv(*wide_table(lines, tasks)))
-    write_text(out / f"{NAME}.md", markdown(contest, lines, tasks, diverged))
+    write_text(out / f"{NAME}.md", markdown(contest, lines, tasks, diverged, missing))
     with drawing():
         text, pictures = page(contest, lines, tasks, NOTES)
     return write_page(out / f"{NAME}.html", text, pictures)
@@ -79,7 +85,7 @@ def wide_table(lines: Sequence[Line], tasks: Sequence[str]) -> tuple[list[str], 
         rows.append(
             (
                 *(line.row.tag, line.row.method, line.rate, len(line.fits), *numbers[:2], *paired, *numbers[2:]),
-                *(line.row.parameters, line.trainable, line.deployed, line.stored_bytes),
+                *(line.row.parameters, line.trainable, *line.stored),
                 *(line.flops and line.flops.adapters, line.step_seconds, line.peak_bytes),
                 *(line.router.get(name) for name in ROUTER),
                 *(" ".join(own) for own in (line.commits, map(str, line.row.files))),
@@ -102,7 +108,9 @@ def gain(line: Line) -> str:
     return "" if line.paired is None else f"{100 * line.paired.difference:+.1f} ±{100 * line.paired.stderr:.1f}"
 
 
-def markdown(contest: Contest, lines: Sequence[Line], tasks: Sequence[str], diverged: Sequence[str]) -> str:
+def markdown(
+    contest: Contest, lines: Sequence[Line], tasks: Sequence[str], diverged: Sequence[str], missing: Sequence[str]
+) -> str:
     """The content of compare.md: scores, costs, and where every row comes from."""
     runs = [run for line in lines for run in line.contestant.runs]
     against = f"against {contest.comparison.reference}"
@@ -117,7 +125,7 @@ def markdown(contest: Contest, lines: Sequence[Line], tasks: Sequence[str], dive
     costs[0] += ["router entropy", "mutual information", "dead", "collapsed"]
     for line in lines:
         flops = None if line.flops is None else line.flops.adapters
-        numbers = [line.row.parameters, line.trainable, line.deployed, line.stored_bytes, flops]
+        numbers = [line.row.parameters, line.trainable, *line.stored, flops]
         step = "" if line.step_seconds is None else f"{line.step_seconds:.2f}"
         router = [f"{line.router[name]:.2f}" if name in line.router else "" for name in ROUTER]
         cells = ["n/a" if number is None else f"{number:,}" for number in numbers]
@@ -129,7 +137,8 @@ def markdown(contest: Contest, lines: Sequence[Line], tasks: Sequence[str], dive
         folders = ", ".join(f"`{fit.folder}`" for fit in line.fits)
         origins.append([line.row.tag, rate, tried(line), config, ", ".join(line.commits), folders])
     budget = "none" if contest.budget is None else f"{contest.budget:,} adapter parameters"
-    notes = [*NOTES, *([f"Diverged at every rate: {', '.join(diverged)}."] if diverged else [])]
+    absent = (("Diverged at every rate", diverged), ("Not run yet", missing))
+    notes = [*NOTES, *(f"{what}: {', '.join(tags)}." for what, tags in absent if tags)]
     return "\n".join(
         [
             f"# {len(lines)} methods on {runs[0].base}",

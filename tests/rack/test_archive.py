@@ -1,0 +1,93 @@
+"""Fits in a file: a comparison goes on from it as from the folders, and its tables are the same to the byte."""
+
+import json
+import shutil
+import tarfile
+
+from moe_peft.rack.command import compare
+from tests.rack.tiny_rack import in_process, rack
+from tests.tiny_runs import files, world
+
+__all__ = ["in_process", "rack", "world"]
+TABLES = ("compare.json", "compare.csv", "compare.md", "compare.html")
+
+
+def tables(rack):
+    """What the tables say."""
+    return {name: (rack.out / name).read_bytes() for name in TABLES}
+
+
+def test_a_comparison_goes_on_from_the_file_as_from_its_folders(rack, in_process, run_tool, tmp_path):
+    file = rack.write(seeds=[0, 1], learning_rates=[0.001, 0.01])
+    compare(file, say=lambda line: None)
+    before, commands = tables(rack), len(in_process.commands)
+    folders = sorted(folder.relative_to(rack.out) for folder in rack.out.glob("runs/*/*"))
+    packed = tmp_path / "fits.tar.xz"
+    assert run_tool("compare", file, "--pack", packed) == (0, [f"6 fits written to {packed}."], [])
+
+    shutil.rmtree(rack.out)
+    status, out, errors = run_tool("compare", file, "--unpack", packed)
+    assert (status, errors) == (0, []) and out == [f"6 fits taken from {packed}; 6 of this comparison are finished."]
+    assert sorted(folder.relative_to(rack.out) for folder in rack.out.glob("runs/*/*")) == folders
+    assert not list(rack.out.rglob("*.ckpt")) and not list(rack.out.rglob("predictions.jsonl"))
+    assert all(json.loads(about.read_text())["command"][0] == "python" for about in rack.out.rglob("rack.json"))
+    compare(file, say=lambda line: None)
+    assert len(in_process.commands) == commands and tables(rack) == before
+
+    compare(rack.write(["lora", "trex", "mola"], seeds=[0, 1], learning_rates=[0.001, 0.01]), say=lambda line: None)
+    assert len(in_process.commands) == commands + 3
+    again = tmp_path / "again.tar.xz"
+    assert run_tool("compare", file, "--pack", again)[:2] == (0, [f"9 fits written to {again}."])
+    own = files(rack.out / "runs")
+    assert run_tool("compare", file, "--unpack", packed)[1][0].startswith(f"0 fits taken from {packed}; 9 of ")
+    assert files(rack.out / "runs") == own
+
+
+def test_tables_are_written_of_what_is_finished(rack, in_process, run_tool):
+    file = rack.write()
+    status, _, errors = run_tool("compare", file, "--tables")
+    assert status == 2 and errors[0].startswith("error: methods: no row's learning rate is chosen yet; wait for its")
+    compare(rack.write(["lora"]), say=lambda line: None)
+    status, out, errors = run_tool("compare", rack.write(), "--tables")
+    assert (status, out, errors) == (0, [f"Written to {rack.out / 'compare.html'}."], [])
+    content = json.loads((rack.out / "compare.json").read_text())
+    assert [row["tag"] for row in content["rows"]] == ["lora"] and content["missing"] == ["trex"]
+    assert "- Not run yet: trex." in (rack.out / "compare.md").read_text() and len(in_process.commands) == 1
+
+
+def test_a_mistake_is_one_line_and_changes_nothing(rack, in_process, run_tool, tmp_path):
+    file, packed = rack.write(["lora"]), tmp_path / "fits.tar.xz"
+    assert refused(run_tool, file, "--pack", packed) == (
+        f"error: pack: '{rack.out}' has no finished fit of this comparison; run it first"
+    )
+    assert not packed.exists()
+    compare(file, say=lambda line: None)
+    assert refused(run_tool, file, "--pack", tmp_path / "no" / "fits.tar.xz").startswith("error: pack: '")
+    assert run_tool("compare", file, "--pack", packed)[0] == 0
+    before = files(rack.out / "runs")
+    assert refused(run_tool, file, "--unpack", file).startswith(f"error: unpack: '{file}' cannot be read (")
+    assert refused(run_tool, file, "--unpack", tmp_path / "none.tar.xz").startswith("error: unpack: '")
+    with_other_tasks(packed)
+    line = refused(run_tool, file, "--unpack", packed)
+    assert line.startswith("error: tasks: '") and "is a finished run of other, this comparison is of tone, next" in line
+    assert files(rack.out / "runs") == before
+    assert sorted(path.name for path in rack.out.iterdir()) == sorted([".lock", "runs", *TABLES, "report"])
+
+
+def refused(run_tool, *arguments):
+    """The only line that is said of a mistake."""
+    status, out, errors = run_tool("compare", *arguments)
+    assert (status, out, len(errors)) == (2, [], 1), errors
+    return errors[0]
+
+
+def with_other_tasks(packed):
+    """Changes the tasks of the fits in a file."""
+    folder = packed.with_suffix(".d")
+    with tarfile.open(packed) as archive:
+        archive.extractall(folder, filter="data")
+    for about in folder.rglob("rack.json"):
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"tasks": ["other"]}))
+    with tarfile.open(packed, "w:xz") as archive:
+        for path in folder.iterdir():
+            archive.add(path, path.name)
