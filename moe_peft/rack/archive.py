@@ -17,9 +17,8 @@ from moe_peft.rack.fits import ABOUT, Fit
 from moe_peft.rack.lock import locked
 from moe_peft.rack.measures import stored
 from moe_peft.rack.paired import ANSWERS, read_answers
-from moe_peft.reporting.run import Run
 
-KEPT = ("config.yaml", "rack.yaml", "results.json", "costs.json", "metrics.csv", "routing/summary.csv")
+KEPT = ("config.yaml", "rack.yaml", "costs.json", "metrics.csv", "routing/summary.csv")
 """Files that are kept as they are."""
 
 
@@ -54,14 +53,16 @@ def pack(contest: Contest, file: Path) -> int:
 
 
 def kept(fit: Fit) -> dict[str, bytes]:
-    """The files that are kept of a fit, the interpreter's place left out of its command."""
+    """The files that are kept of a fit; the places of the interpreter and the checkpoint are those of this machine."""
     about = fit.about | {"command": ["python", *fit.about["command"][1:]]}
     if not fit.finished:
         return {ABOUT: as_json(about)}
     about |= stored(fit)._asdict()
-    ranking = (Run(fit.folder).results or {})["ranking"]
+    results = json.loads((fit.folder / "results.json").read_text(encoding="utf-8"))
+    results["checkpoint"] = None
     own = {name: (fit.folder / name).read_bytes() for name in KEPT if (fit.folder / name).is_file()}
-    return own | {ABOUT: as_json(about), ANSWERS: as_json(columns(read_answers(fit.folder), ranking))}
+    answers = columns(read_answers(fit.folder), results["ranking"])
+    return own | {ABOUT: as_json(about), "results.json": as_json(results), ANSWERS: as_json(answers)}
 
 
 def columns(answers: Sequence[Prediction], ranking: str) -> dict[str, list]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import tarfile
 
 from moe_peft.rack.command import compare
@@ -30,6 +31,7 @@ def test_a_comparison_goes_on_from_the_file_as_from_its_folders(rack, in_process
     assert (status, errors) == (0, []) and out == [f"6 fits taken from {packed}; 6 of this comparison are finished."]
     assert sorted(folder.relative_to(rack.out) for folder in rack.out.glob("runs/*/*")) == folders
     assert not list(rack.out.rglob("*.ckpt")) and not list(rack.out.rglob("predictions.jsonl"))
+    assert not any(own in content for content in contents(packed) for own in (sys.prefix.encode(), b".ckpt"))
     assert all(json.loads(about.read_text())["command"][0] == "python" for about in rack.out.rglob("rack.json"))
     compare(file, say=lambda line: None)
     assert len(in_process.commands) == commands and tables(rack) == before
@@ -79,6 +81,12 @@ def refused(run_tool, *arguments):
     status, out, errors = run_tool("compare", *arguments)
     assert (status, out, len(errors)) == (2, [], 1), errors
     return errors[0]
+
+
+def contents(packed):
+    """The contents of a file's members."""
+    with tarfile.open(packed) as archive:
+        return [archive.extractfile(member).read() for member in archive]
 
 
 def with_other_tasks(packed):
