@@ -6,6 +6,7 @@ chosen option is kept.
 
 import io
 import json
+import lzma
 import tarfile
 import tempfile
 from collections.abc import Sequence
@@ -97,21 +98,21 @@ def unpack(contest: Contest, file: Path) -> tuple[int, int]:
         How many were put there, and how many of the comparison's are finished by now.
 
     Raises:
-        ValueError: no such file, or its fits are of other tasks; nothing is put anywhere.
+        ValueError: no such file, a damaged one, or one with other things than fits of these tasks; nothing is put
+            anywhere.
     """
     out = contest.comparison.out
     with locked(out), tempfile.TemporaryDirectory(dir=out) as place:
         try:
             with tarfile.open(file, "r:xz") as archive:
                 archive.extractall(place, filter="data")
-        except (OSError, tarfile.TarError) as error:
+        except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
             raise ValueError(f"unpack: '{file}' cannot be read ({error}); give what --pack wrote") from None
+        found = sorted(Path(place).glob("*/*"))
+        if odd := [folder.name for folder in found if not (folder / ABOUT).is_file()]:
+            raise ValueError(f"unpack: '{file}' holds '{odd[0]}', which is no fit; give what --pack wrote")
         refuse_other_tasks(contest, Path(place))
-        new = [
-            folder
-            for folder in sorted(Path(place).glob("*/*"))
-            if not (out / RUNS / folder.relative_to(place)).exists()
-        ]
+        new = [folder for folder in found if not (out / RUNS / folder.relative_to(place)).exists()]
         for folder in new:
             there = out / RUNS / folder.relative_to(place)
             there.parent.mkdir(parents=True, exist_ok=True)

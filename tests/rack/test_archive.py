@@ -69,6 +69,15 @@ def test_a_mistake_is_one_line_and_changes_nothing(rack, in_process, run_tool, t
     before = files(rack.out / "runs")
     assert refused(run_tool, file, "--unpack", file).startswith(f"error: unpack: '{file}' cannot be read (")
     assert refused(run_tool, file, "--unpack", tmp_path / "none.tar.xz").startswith("error: unpack: '")
+    cut = tmp_path / "cut.tar.xz"
+    cut.write_bytes(packed.read_bytes()[:-200])
+    assert refused(run_tool, file, "--unpack", cut).startswith(f"error: unpack: '{cut}' cannot be read (")
+    foreign = tmp_path / "foreign.tar.xz"
+    with tarfile.open(foreign, "w:xz") as archive:
+        archive.add(file, "lora/seed0/compare.yaml")
+    assert refused(run_tool, file, "--unpack", foreign) == (
+        f"error: unpack: '{foreign}' holds 'seed0', which is no fit; give what --pack wrote"
+    )
     with_other_tasks(packed)
     line = refused(run_tool, file, "--unpack", packed)
     assert line.startswith("error: tasks: '") and "is a finished run of other, this comparison is of tone, next" in line
