@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_peft import cli
 from moe_peft.activations import Load, activation_bytes
+from moe_peft.callbacks.checkpoints import AdapterCheckpoint
 from moe_peft.counting import SECTIONS, build_on_meta, model_parser
 from moe_peft.data import module as data_module
 from moe_peft.methods.base import MultitaskModule
@@ -57,10 +58,12 @@ class Plan(NamedTuple):
 
 
 def run_parser() -> ConfigParser:
-    """Returns a parser of a run's model, data and trainer sections, none of which it needs to be able to run."""
-    parser = model_parser(ignored=[section for section in SECTIONS if section not in ("data", "trainer")])
+    """Returns a parser of a run's model, data, trainer and checkpoint sections; it needs none that it can run with."""
+    parsed = ("data", "trainer", "checkpoint")
+    parser = model_parser(ignored=[section for section in SECTIONS if section not in parsed])
     parser.add_subclass_arguments(data_module.MultitaskDataModule, "data", skip={"backbone"}, required=False)
     parser.add_class_arguments(Trainer, "trainer")
+    parser.add_class_arguments(AdapterCheckpoint, "checkpoint")
     return parser
 
 

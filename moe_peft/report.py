@@ -37,6 +37,8 @@ class Facts:
     trainable_parameters: int
     wall_seconds: float | None
     checkpoint: str | None
+    validation: dict[str, Any] | None
+    """What was monitored during the fit that this test follows, and its value for the checkpoint that is tested."""
     versions: dict[str, str]
     ranking: Ranking
     notes: dict[str, str] = field(default_factory=dict)

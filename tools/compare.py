@@ -11,6 +11,7 @@ comparison gets compare.html, .md, .csv and .json, and all runs. Further argumen
 `fit`, for every run. --pack writes what is finished into a file, without checkpoints; --unpack takes it from there.
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 from moe_peft.command_line import mistakes_in_a_line, options
@@ -28,33 +29,35 @@ def main() -> None:
     given, more = parser.parse_known_args()
 
     from moe_peft.cli import quiet
-    from moe_peft.rack.archive import pack, unpack
-    from moe_peft.rack.command import compare, plan, prepare
-    from moe_peft.rack.tables import write_tables
-    from moe_peft.reporting.words import many
 
     quiet()
     with mistakes_in_a_line(Exception):  # jsonargparse and transformers raise a dozen kinds
-        if given.dry_run:
-            print("\n".join(plan(prepare(given.comparison, more))))
-            return
-        if given.tables:
-            contest = prepare(given.comparison, more)
-            print(f"Written to {write_tables(contest, contest.comparison.out)}.")
-            return
-        if given.pack is not None:
-            print(f"{many(pack(prepare(given.comparison, more), given.pack), 'fit')} written to {given.pack}.")
-            return
-        if given.unpack is not None:
-            new, finished = unpack(prepare(given.comparison, more), given.unpack)
-            print(f"{many(new, 'fit')} taken from {given.unpack}; {finished} of this comparison are finished.")
-            return
         try:
-            page = compare(given.comparison, more, lambda line: print(line, flush=True))
+            print(done(given, more), flush=True)
         except KeyboardInterrupt:
             print("stopped; the same command goes on", flush=True)
             raise SystemExit(130) from None
-        print(f"Written to {page}.")
+
+
+def done(given: Namespace, more: list[str]) -> str:
+    """Does what was asked for; returns what there is to say at the end."""
+    from moe_peft.rack.archive import pack, unpack
+    from moe_peft.rack.command import compare, plan
+    from moe_peft.rack.contest import prepare
+    from moe_peft.rack.tables import write_tables
+    from moe_peft.reporting.words import many
+
+    contest = prepare(given.comparison, more)
+    if given.dry_run:
+        return "\n".join(plan(contest))
+    if given.tables:
+        return f"Written to {write_tables(contest, contest.comparison.out)}."
+    if given.pack is not None:
+        return f"{many(pack(contest, given.pack), 'fit')} written to {given.pack}."
+    if given.unpack is not None:
+        new, finished = unpack(contest, given.unpack)
+        return f"{many(new, 'fit')} taken from {given.unpack}; {finished} of this comparison are finished."
+    return f"Written to {compare(contest, lambda line: print(line, flush=True))}."
 
 
 if __name__ == "__main__":

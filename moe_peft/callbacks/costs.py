@@ -75,7 +75,16 @@ class Costs(Callback):
         write_text(Path(trainer.default_root_dir) / FILE, json.dumps(found, indent=2) + "\n")
 
     def _read_memory(self) -> None:
-        unit = 1 if sys.platform == "darwin" else 1024
-        self._resident = max(self._resident, unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        self._resident = max(self._resident, peak_resident())
         if torch.cuda.is_available():
             self._device = max(self._device, torch.cuda.max_memory_allocated())
+
+
+def peak_resident() -> int:
+    """The most bytes that this process had resident."""
+    status = Path("/proc/self/status")  # where there is one: what getrusage says begins at the parent's peak
+    if status.is_file():
+        peak = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if peak is not None:
+            return 1024 * int(peak.split()[1])
+    return (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

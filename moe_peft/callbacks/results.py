@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from moe_peft import __version__
@@ -213,11 +214,20 @@ class Results(Callback):
             trainable_parameters=module.trainable_parameters(),
             wall_seconds=self._fit_seconds if self._fitted else None,
             checkpoint=str(trainer.ckpt_path) if trainer.ckpt_path else None,
+            validation=self._monitored(trainer) if self._fitted else None,
             versions=versions | {name: version(name) for name in ("torch", "lightning", "transformers")},
             ranking=module.ranking,
             notes=notes,
             routes=module.routes,
         )
+
+    @staticmethod
+    def _monitored(trainer: Trainer) -> dict[str, Any] | None:
+        """The name and the best value of what the checkpoints went by; None where nothing was monitored."""
+        checkpoint = trainer.checkpoint_callback
+        if not isinstance(checkpoint, ModelCheckpoint) or checkpoint.best_model_score is None:
+            return None
+        return {"name": checkpoint.monitor, "value": float(checkpoint.best_model_score)}
 
 
 def read_predictions(path: Path) -> list[Prediction] | None:

@@ -68,7 +68,14 @@ class LoRA(MultitaskModule):
 
     @classmethod
     def resized(cls, arguments: Mapping[str, Any], size: int | list[int]) -> dict[str, Any]:
-        """As every method; rank-stabilised LoRA keeps its α, which is what α / √r is for."""
+        """As every method; rank-stabilised LoRA keeps its α, which is what α / √r is for.
+
+        Raises:
+            ValueError: ranks or alphas that patterns give, which one size does not reach.
+        """
+        for name in ("rank_pattern", "alpha_pattern"):
+            if arguments[name]:
+                raise ValueError(f"{name}: {arguments[name]} would stay as it is at another rank; leave it out")
         return {"rank": size} if arguments["use_rslora"] else super().resized(arguments, size)
 
     def assemble(self) -> None:

@@ -7,20 +7,26 @@ chosen option is kept.
 import io
 import json
 import lzma
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from moe_peft.callbacks.costs import FILE as COSTS
 from moe_peft.predictions import Prediction
-from moe_peft.rack.command import RUNS, Contest, fits_of, refuse_other_tasks
-from moe_peft.rack.fits import ABOUT, Fit
+from moe_peft.rack.contest import RUNS, Contest, fits_of, refuse_other_tasks
+from moe_peft.rack.fits import ABOUT, DECIDED, OVERLAY, Fit
 from moe_peft.rack.lock import locked
 from moe_peft.rack.measures import stored
 from moe_peft.rack.paired import ANSWERS, read_answers
 
-KEPT = ("config.yaml", "rack.yaml", "costs.json", "metrics.csv", "routing/summary.csv")
-"""Files that are kept as they are."""
+RESULTS = "results.json"
+KEPT = ("config.yaml", OVERLAY, DECIDED, COSTS, "metrics.csv", "routing/summary.csv")
+"""Files that are kept as they are, where a fit has them."""
+NEEDED = ("config.yaml", COSTS, RESULTS, ANSWERS)
+"""What the tables cannot do without."""
 
 
 def pack(contest: Contest, file: Path) -> int:
@@ -47,7 +53,10 @@ def pack(contest: Contest, file: Path) -> int:
                     add(archive, f"{fit.folder.parent.name}/{fit.folder.name}/{name}", content)
         part.replace(file)
     except OSError as error:
-        raise ValueError(f"pack: '{file}' cannot be written ({error.strerror}); name another file") from None
+        own = error.filename is None or Path(error.filename) == part
+        what = f"'{file}' cannot be written" if own else f"'{error.filename}' cannot be read"
+        fix = "name another file" if own else "put it back, or delete its folder and run the comparison again"
+        raise ValueError(f"pack: {what} ({error.strerror}); {fix}") from None
     finally:
         part.unlink(missing_ok=True)
     return len(done)
@@ -59,11 +68,11 @@ def kept(fit: Fit) -> dict[str, bytes]:
     if not fit.finished:
         return {ABOUT: as_json(about)}
     about |= stored(fit)._asdict()
-    results = json.loads((fit.folder / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((fit.folder / RESULTS).read_text(encoding="utf-8"))
     results["checkpoint"] = None
     own = {name: (fit.folder / name).read_bytes() for name in KEPT if (fit.folder / name).is_file()}
     answers = columns(read_answers(fit.folder), results["ranking"])
-    return own | {ABOUT: as_json(about), "results.json": as_json(results), ANSWERS: as_json(answers)}
+    return own | {ABOUT: as_json(about), RESULTS: as_json(results), ANSWERS: as_json(answers)}
 
 
 def columns(answers: Sequence[Prediction], ranking: str) -> dict[str, list]:
@@ -88,7 +97,7 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def unpack(contest: Contest, file: Path) -> tuple[int, int]:
-    """Puts the fits of a file among a comparison's own; those that it has stay as they are.
+    """Puts the fits of a file among a comparison's own; those that have come to an end there stay as they are.
 
     Args:
         contest: whose.
@@ -109,12 +118,40 @@ def unpack(contest: Contest, file: Path) -> tuple[int, int]:
         except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
             raise ValueError(f"unpack: '{file}' cannot be read ({error}); give what --pack wrote") from None
         found = sorted(Path(place).glob("*/*"))
-        if odd := [folder.name for folder in found if not (folder / ABOUT).is_file()]:
-            raise ValueError(f"unpack: '{file}' holds '{odd[0]}', which is no fit; give what --pack wrote")
+        for folder in found:
+            if odd := flaw(folder):
+                raise ValueError(f"unpack: '{file}' holds '{folder.name}', {odd}; give what --pack wrote")
         refuse_other_tasks(contest, Path(place))
-        new = [folder for folder in found if not (out / RUNS / folder.relative_to(place)).exists()]
+        new = [folder for folder in found if not ended(out / RUNS / folder.relative_to(place))]
         for folder in new:
             there = out / RUNS / folder.relative_to(place)
+            if there.exists():
+                shutil.rmtree(there)  # broken off
             there.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(there)
     return len(new), sum(fit.finished for row in contest.rows for fit in fits_of(contest, row))
+
+
+def about_of(folder: Path) -> dict[str, Any]:
+    """What a folder says of the fit that it holds; empty where it says nothing."""
+    try:
+        return json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def ended(folder: Path) -> bool:
+    """Whether the fit of a folder has come to its end, or has diverged."""
+    about = about_of(folder)
+    return bool(about.get("finished") or about.get("failed"))
+
+
+def flaw(folder: Path) -> str | None:
+    """Says why a folder is none of a fit that has come to an end; None where it is one."""
+    about = about_of(folder)
+    if not (about.keys() >= {"hash", "tasks"} and ended(folder)):
+        return "which is no fit"
+    if not folder.name.endswith(f"-{about['hash'][:8]}"):
+        return f"whose hash is another, {about['hash'][:8]}"
+    missing = [name for name in NEEDED if not (folder / name).is_file()] if about.get("finished") else []
+    return f"which has no {missing[0]}" if missing else None

@@ -1,14 +1,12 @@
 """Which commit of this package a run was made with."""
 
 import subprocess
-from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 NONE = "not available"
 
 
-@cache
 def commit() -> str:
     """Returns the commit of the checkout that the package lies in, "-dirty" behind it where the package differs."""
     try:

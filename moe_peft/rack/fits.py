@@ -24,8 +24,9 @@ from moe_peft.rack.commit import commit
 from moe_peft.rack.rows import Row, digest
 from moe_peft.rack.settings import merged
 
-ABOUT, OVERLAY, LOG = "rack.json", "rack.yaml", "rack.log"
-"""Beside what a fit writes into its folder: what it is, the configuration laid over, and all it said."""
+ABOUT, OVERLAY, DECIDED, LOG = "rack.json", "rack.yaml", "decided.yaml", "rack.log"
+"""Beside what a fit writes into its folder: what it is, the configuration laid over its method's and that laid over the
+command line, and all it said."""
 DIVERGED = "not finite"
 """In the last words of a fit whose learning rate was too high."""
 
@@ -39,7 +40,7 @@ class Fit(NamedTuple):
     """The learning rate; None for the row's own."""
     folder: Path
     more: tuple[str, ...]
-    """Further arguments of the command line."""
+    """Further arguments of the command line, each in one word."""
 
     @property
     def name(self) -> str:
@@ -54,8 +55,8 @@ class Fit(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether it has come to its end and was tested."""
-        return (self.folder / "results.json").is_file()
+        """Whether it has come to its end and was tested; the last thing that is written down of it."""
+        return bool(self.about.get("finished"))
 
     @property
     def failed(self) -> str | None:
@@ -75,6 +76,7 @@ class Fit(NamedTuple):
         """The command line."""
         files = [f"--config={file}" for file in (*self.row.files, self.folder / OVERLAY)]
         own = [
+            f"--config={self.folder / DECIDED}",
             f"--seed_everything={self.seed}",
             f"--trainer.default_root_dir={self.folder}",
             "--results.save_predictions=true",
@@ -97,8 +99,10 @@ class Fit(NamedTuple):
             shutil.rmtree(self.folder)  # broken off before there was anything to go on from
         self.folder.mkdir(parents=True, exist_ok=True)
         rate = {} if self.rate is None else {"model": {"init_args": {"optimizer": {"init_args": {"lr": self.rate}}}}}
-        write_text(self.folder / OVERLAY, yaml.safe_dump(merged(self.row.overlay, rate), sort_keys=False))
-        before = self.about
+        for name, content in ((OVERLAY, self.row.overlay), (DECIDED, merged(self.row.decided, rate))):
+            write_text(self.folder / name, yaml.safe_dump(content, sort_keys=False))
+        before, log = self.about, self.folder / LOG
+        said_before = log.stat().st_size if log.is_file() else 0
         about = {
             "tag": self.row.tag,
             "method": self.row.method,
@@ -107,21 +111,22 @@ class Fit(NamedTuple):
             "tasks": self.row.tasks,
             "adapter_parameters": self.row.parameters,
             "hash": digest(self.row, self.seed, self.rate),
-            "commit": commit(),
+            "commits": list(dict.fromkeys([*before.get("commits", ()), commit()])),
             "command": self.command,
             "seconds": before.get("seconds", 0.0),
         }
         write_text(self.folder / ABOUT, json.dumps(about, indent=2) + "\n")
         started = time.monotonic()
         try:
-            status = supervised(self.command, self.folder / LOG, lock)
+            status = supervised(self.command, log, lock)
+            about["finished"] = status == 0
         finally:
             about["seconds"] += time.monotonic() - started
             write_text(self.folder / ABOUT, json.dumps(about, indent=2) + "\n")
         if status:
-            said = last_words(self.folder / LOG)
+            said = last_words(log, said_before)
             if DIVERGED not in said:
-                raise ValueError(f"{self.name}: the fit ended with status {status}: {said} (see {self.folder / LOG})")
+                raise ValueError(f"{self.name}: the fit ended with status {status}: {said} (see {log})")
             write_text(self.folder / ABOUT, json.dumps(about | {"failed": said}, indent=2) + "\n")
 
 
@@ -154,8 +159,9 @@ def supervised(command: Sequence[str], log: Path, lock: int) -> int:
                 raise
 
 
-def last_words(log: Path) -> str:
-    """The last line of a log that says anything, the one with the error if there is one."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def last_words(log: Path, after: int = 0) -> str:
+    """The last line of a log, behind so many bytes, that says anything; the one with the error if there is one."""
+    text = log.read_bytes()[after:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["it said nothing"])[-1].removeprefix("error: ")

@@ -17,11 +17,12 @@ from moe_peft.budget import class_of
 from moe_peft.callbacks.results import write_text
 from moe_peft.callbacks.transfer import TransferFrom
 from moe_peft.messages import arguments_of
-from moe_peft.rack.command import Contest, Say
+from moe_peft.rack.contest import Contest, Say
 from moe_peft.rack.fits import Fit
 from moe_peft.rack.rows import Row, digest, identity, parse, sources_of
 from moe_peft.rack.settings import merged, slug
 from moe_peft.reporting.files import as_csv
+from moe_peft.reporting.words import many
 
 FOLDER, NAME = "left-out", "left-out"
 
@@ -47,40 +48,47 @@ def incapable(parsed: Namespace) -> str | None:
     return None
 
 
+def planned(contest: Contest) -> str:
+    """Says how many fits leaving one out takes, finished ones included."""
+    settings = contest.comparison.leave_one_out
+    assert settings is not None
+    able = [parsed for row in contest.rows if incapable(parsed := parse(row.files, row.overlay, contest.more)) is None]
+    tasks = len(settings.tasks or contest.rows[0].tasks)
+    fits = tasks * sum(2 if is_classifier(parsed) else 3 for parsed in able)
+    return f"leave-one-out: {many(fits, 'fit')} in all for {many(len(able), 'row')}, after these"
+
+
+def is_classifier(parsed: Namespace) -> bool:
+    """Whether the backbone has a head for every task."""
+    return class_of(parsed.model.init_args.backbone.class_path).kind == "classifier"
+
+
 def left_out(contest: Contest, row: Row, rate: float | None) -> Iterator[LeftOut]:
-    """Gives a row's fits, task by task.
+    """Gives a row's fits, task by task; nothing of them is written.
 
     Args:
         contest: whose.
         row: the method.
         rate: its learning rate.
 
-    Raises:
-        ValueError: a task to leave out that there is not, or the only one.
     """
     settings = contest.comparison.leave_one_out
     assert settings is not None
     parsed = parse(row.files, row.overlay, contest.more)
     sources = [own if isinstance(own, str) else own.as_dict() for own in parsed.data.init_args.tasks]
-    classifier = class_of(parsed.model.init_args.backbone.class_path).kind == "classifier"
     known = "unknown_task" in arguments_of(class_of(parsed.model.class_path))
     for task in settings.tasks or row.tasks:
-        if task not in row.tasks or len(sources) < 2:
-            raise ValueError(
-                f"leave_one_out.tasks: {task!r} cannot be left out of {', '.join(row.tasks)}; name one of several"
-            )
         at = row.tasks.index(task)
         others = {"data": {"init_args": {"tasks": sources[:at] + sources[at + 1 :]}}}
         train = fit_of(contest, row, rate, f"{slug(task)}-without", others)
-        start: dict[str, Any] = {"checkpoint": str(train.folder)} | ({"new_row": settings.new_row} if known else {})
-        callbacks = [*row.overlay.get("trainer", {}).get("callbacks+", ())]
-        callbacks.append({"class_path": TransferFrom.__name__, "init_args": start})
-        shots = with_shots(sources[at], settings.shots)
-        further = {"data": {"init_args": {"tasks": [shots]}}, "trainer": {"callbacks+": callbacks}}
-        few = fit_of(contest, row, rate, f"{slug(task)}-{settings.shots}-shot", merged(further, settings.overlay))
-        nothing = merged(further, {"trainer": {"max_steps": 0}})
-        zero = None if classifier else fit_of(contest, row, rate, f"{slug(task)}-0-shot", nothing)
-        yield LeftOut(row, task, train, zero, few)
+        shots = {"data": {"init_args": {"tasks": [with_shots(sources[at], settings.shots)]}}}
+        options = {"new_row": settings.new_row} if known else {}
+        longer = row._replace(overlay=merged(row.overlay, settings.overlay))
+        few = fit_of(contest, longer, rate, f"{slug(task)}-{settings.shots}-shot", shots, train, options)
+        nothing = merged(shots, {"trainer": {"max_steps": 0}})
+        zero = f"{slug(task)}-0-shot"
+        bare = None if is_classifier(parsed) else fit_of(contest, row, rate, zero, nothing, train, options)
+        yield LeftOut(row, task, train, bare, few)
 
 
 def with_shots(source: Any, shots: int) -> dict[str, Any]:
@@ -90,13 +98,42 @@ def with_shots(source: Any, shots: int) -> dict[str, Any]:
     return merged(source, {"init_args": {"shots": shots, "train_rows": None}})
 
 
-def fit_of(contest: Contest, row: Row, rate: float | None, name: str, overlay: dict[str, Any]) -> Fit:
-    """One of a row's fits, with more laid over its configuration."""
-    overlay = merged(row.overlay, overlay)
-    parsed = parse(row.files, overlay, contest.more)
-    sources = sources_of(parsed)
-    own = row._replace(tag=f"{row.tag}, {name}", overlay=overlay, identity=identity(parsed, sources), sources=sources)
+def fit_of(
+    contest: Contest,
+    row: Row,
+    rate: float | None,
+    name: str,
+    decided: dict[str, Any],
+    start: Fit | None = None,
+    options: dict[str, Any] | None = None,
+) -> Fit:
+    """One of a row's fits.
+
+    Args:
+        contest: whose.
+        row: the row.
+        rate: its learning rate.
+        name: of the fit.
+        decided: laid over the row's configuration, the command line included.
+        start: the fit whose checkpoint it starts from.
+        options: further arguments of `TransferFrom`.
+    """
     seed = contest.comparison.seeds[0]
+
+    def starting(checkpoint: str) -> dict[str, Any]:
+        callback = {"class_path": TransferFrom.__name__, "init_args": {"checkpoint": checkpoint, **(options or {})}}
+        return merged(row.decided, decided, {} if start is None else {"trainer": {"callbacks+": [callback]}})
+
+    # A start is known by its hash, so that a fit stays the same one in another folder.
+    known = starting("" if start is None else digest(start.row, seed, rate))
+    parsed = parse(row.files, row.overlay, contest.more, known)
+    sources = sources_of(parsed)
+    own = row._replace(
+        tag=f"{row.tag}, {name}",
+        decided=starting("" if start is None else str(start.folder)),
+        identity=identity(parsed, sources),
+        sources=sources,
+    )
     folder = contest.comparison.out / FOLDER / slug(row.tag) / f"{name}-{digest(own, seed, rate)[:8]}"
     return Fit(own, seed, rate, folder, contest.more)
 
@@ -132,7 +169,7 @@ def write_left_out(contest: Contest, done: list[LeftOut], cannot: dict[str, str]
     assert settings is not None
     lines = [line for own in done for line in lines_of(own, settings.shots)]
     write_text(out / f"{NAME}.json", json.dumps({"rows": lines, "cannot": cannot}, indent=2) + "\n")
-    header = ["tag", "task", "shots", "score", "stderr", "base", "commit", "run"]
+    header = ["tag", "task", "shots", "score", "stderr", "base", "commits", "run"]
     write_text(out / f"{NAME}.csv", as_csv(header, [[line[name] for name in header] for line in lines]))
     tasks = settings.tasks or contest.rows[0].tasks
     table = [["", "shots", *tasks, "mean"]]
@@ -144,6 +181,10 @@ def write_left_out(contest: Contest, done: list[LeftOut], cannot: dict[str, str]
     rule = ["---"] * len(table[0])
     notes = [f"{tag} cannot: {why}." for tag, why in cannot.items()]
     notes.append("A classifier has no head for a new task, so that only language models have a score with 0 shots.")
+    notes.append(
+        "Every learning rate was chosen with all tasks' validation rows, the left-out one's among them; "
+        "of the steps on examples, the checkpoint is tested that is best on the left-out task's validation rows."
+    )
     text = ["# Trained on all tasks but one, tested on that one", ""]
     text += ["| " + " | ".join(cells) + " |" for cells in (table[0], rule, *table[1:])]
     write_text(out / f"{NAME}.md", "\n".join([*text, "", *(f"- {note}" for note in notes), ""]))
@@ -163,6 +204,6 @@ def lines_of(own: LeftOut, shots: int) -> Iterator[dict[str, Any]]:
             "score": score["value"],
             "stderr": score["stderr"],
             "base": base["tasks"][own.task]["value"] if isinstance(base, dict) else None,
-            "commit": fit.about["commit"],
+            "commits": " ".join(fit.about["commits"]),
             "run": str(fit.folder),
         }

@@ -11,7 +11,7 @@ import torch
 from moe_peft.callbacks.costs import FILE as COSTS
 from moe_peft.checkpoint import read_checkpoint
 from moe_peft.counting import build_on_meta, model_parser
-from moe_peft.rack.command import Contest, validation_score
+from moe_peft.rack.contest import Contest, validation_score
 from moe_peft.rack.fits import Fit
 from moe_peft.rack.flops import Flops, forward_flops
 from moe_peft.rack.paired import Paired, paired, read_answers
@@ -20,8 +20,11 @@ from moe_peft.reporting.comparison import Contestant, Spread
 from moe_peft.reporting.comparison_pictures import during_training
 from moe_peft.reporting.routing import ALL
 from moe_peft.reporting.run import Run
+from moe_peft.reporting.words import many
 from moe_peft.runs import find_checkpoint
 
+FAR = 1.2
+"""Times the budget; a row above is marked."""
 ROUTER = ("entropy", "mutual_information", "dead", "collapsed")
 
 
@@ -37,6 +40,8 @@ class Line(NamedTuple):
     """A row of the table; its runs are those with the chosen learning rate."""
 
     row: Row
+    label: str
+    """The tag, and what a reader must know who compares: seeds that are missing, a size far from the budget."""
     fits: list[Fit]
     contestant: Contestant
     tried: list[tuple[Fit, float | None]]
@@ -47,6 +52,8 @@ class Line(NamedTuple):
     """Parameters, heads included."""
     stored: Stored
     flops: Flops | None
+    step_rows: int | None
+    """Rows of an optimizer step."""
     step_seconds: float | None
     peak_bytes: int
     router: dict[str, float]
@@ -54,7 +61,7 @@ class Line(NamedTuple):
     @property
     def commits(self) -> list[str]:
         """Of the code that the runs were made with."""
-        return list(dict.fromkeys(fit.about["commit"] for fit in self.fits))
+        return list(dict.fromkeys(commit for fit in self.fits for commit in fit.about["commits"]))
 
     @property
     def rate(self) -> float | None:
@@ -93,6 +100,7 @@ def line_of(contest: Contest, row: Row, fits: list[Fit], reference: Sequence[Fit
     assert runs[0].results is not None
     return Line(
         row,
+        labelled(contest, row, len(fits)),
         fits,
         Contestant(row.tag, runs),
         [(fit, validation_score(fit)) for fit in contest.tried(row)],
@@ -100,10 +108,21 @@ def line_of(contest: Contest, row: Row, fits: list[Fit], reference: Sequence[Fit
         runs[0].results["trainable_parameters"],
         stored(fits[0]),
         flops_of(runs[0], len(row.sources)),
+        (runs[0].config.get("data") or {}).get("init_args", {}).get("batch_size"),
         median(steps) if steps else None,
         max(own["peak_device_bytes"] or own["peak_resident_bytes"] for own in costs),
         router_of(runs),
     )
+
+
+def labelled(contest: Contest, row: Row, seeds: int) -> str:
+    """A row's tag, with what sets it apart in brackets."""
+    share = 1.0 if contest.budget is None else row.parameters / contest.budget
+    marks = [f"{share:.2g} × the budget"] if not 1 <= share <= FAR else []
+    marks += (
+        [f"{seeds} of {many(len(contest.comparison.seeds), 'seed')}"] if seeds < len(contest.comparison.seeds) else []
+    )
+    return f"{row.tag} ({', '.join(marks)})" if marks else row.tag
 
 
 def stored(fit: Fit) -> Stored:
@@ -161,7 +180,7 @@ def plain(line: Line, tasks: Sequence[str]) -> dict[str, Any]:
             for fit, score in line.tried
         ],
         "runs": [
-            {"run": str(fit.folder), "seed": fit.seed, "commit": fit.about["commit"], "hash": fit.about["hash"]}
+            {"run": str(fit.folder), "seed": fit.seed, "commits": fit.about["commits"], "hash": fit.about["hash"]}
             for fit in line.fits
         ],
         "tasks": {task: scored(line.contestant.score(task)) for task in tasks},
@@ -171,6 +190,7 @@ def plain(line: Line, tasks: Sequence[str]) -> dict[str, Any]:
         "trainable_parameters": line.trainable,
         **line.stored._asdict(),
         "flops_per_token": flops,
+        "step_rows": line.step_rows,
         "step_seconds": line.step_seconds,
         "peak_bytes": line.peak_bytes,
         "router": line.router,

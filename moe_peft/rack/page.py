@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from moe_peft.rack.command import Contest
+from moe_peft.rack.contest import Contest
 from moe_peft.rack.measures import ROUTER, Line, standard_error
 from moe_peft.reporting import html
 from moe_peft.reporting.comparison import Spread, references
@@ -33,7 +33,7 @@ def page(
         "training": [learning(found, tasks)],
     }
     shown = {name: [html.figure(own, PICTURES) for own in pictures if own] for name, pictures in drawn.items()}
-    budget = "" if contest.budget is None else f", {contest.budget:,} adapter parameters each and as few more as can be"
+    budget = "" if contest.budget is None else f", budget {contest.budget:,} adapter parameters"
     runs = [run for one in found for run in one.runs]
     head = [
         Raw(f"<h1>{html.text(many(len(lines), 'method'))} compared</h1>"),
@@ -70,7 +70,7 @@ def score_table(contest: Contest, lines: Sequence[Line], tasks: Sequence[str]) -
         cells = [*(line.contestant.score(task) for task in tasks), line.contestant.mean()]
         paired = line.paired
         against: object = "" if paired is None else with_error(signed(100 * paired.difference), paired.stderr)
-        rows.append([line.row.tag, *map(points, cells), against])
+        rows.append([line.label, *map(points, cells), against])
     return html.table("results", ["", *tasks, "mean", f"against {contest.comparison.reference}"], rows)
 
 
@@ -86,11 +86,12 @@ def with_error(value: str, error: float | None) -> object:
 
 def cost_table(lines: Sequence[Line]) -> Raw:
     """What every row costs."""
-    header = ["", "adapters", "trainable", "deployed", "stored bytes", "FLOPs per token", "s per step", "memory, MiB"]
+    header = ["", "adapters", "trainable", "deployed", "stored bytes", "FLOPs per token", "rows per step"]
+    header += ["s per step", "memory, MiB"]
     rows: list[list[object]] = []
     for line in lines:
         flops = None if line.flops is None else line.flops.adapters
-        numbers = [line.row.parameters, line.trainable, *line.stored, flops]
+        numbers = [line.row.parameters, line.trainable, *line.stored, flops, line.step_rows]
         step = "n/a" if line.step_seconds is None else f"{line.step_seconds:.2f}"
         cells = ["n/a" if number is None else f"{number:,}" for number in numbers]
         rows.append([line.row.tag, *cells, step, f"{line.peak_bytes / 2**20:,.0f}"])
@@ -98,7 +99,7 @@ def cost_table(lines: Sequence[Line]) -> Raw:
 
 
 def router_table(lines: Sequence[Line]) -> Raw:
-    """What the routing of every row that has any looked like on the test rows."""
+    """What the routing of every row that has any looked like on the test rows, or at the last validation."""
     rows = [[line.row.tag, *(f"{line.router[name]:.2f}" for name in ROUTER)] for line in lines if line.router]
     return html.table("routers", ["", *(name.replace("_", " ") for name in ROUTER)], rows)
 
@@ -142,7 +143,7 @@ def differences(lines: Sequence[Line], reference: str) -> Picture | None:
         "compared_differences",
         f"Against {reference}",
         "Paired differences of the mean over tasks, with two standard errors over rows and seeds. A bar that crosses "
-        "the line is no difference yet.",
+        "the line is no difference yet; with few seeds a bar that just clears it may be chance.",
         f"Dot plot of {len(found)} paired differences.",
         ["tag", "difference", "stderr", "seeds"],
         [(tag, own.difference, own.stderr, own.seeds) for tag, own in found],

@@ -13,9 +13,13 @@ from jsonargparse import Namespace
 
 from moe_peft.budget import adapter_parameters, class_of, fit_budget
 from moe_peft.data.sources import TaskFolder, TaskSource
-from moe_peft.data.tasks import SPLITS
+from moe_peft.rack.identity import identity
 from moe_peft.rack.settings import Comparison, Entry, merged
-from moe_peft.reporting.comparison import ASIDE, ASIDE_OF_TRAINER
+
+OWN = ("--config", "--ckpt_path", "--seed_everything", "--trainer.default_root_dir")
+"""Arguments of the command line that are the comparison's to give."""
+MONITOR = "val/mean"
+"""What a learning rate is chosen by."""
 
 
 class Row(NamedTuple):
@@ -26,7 +30,9 @@ class Row(NamedTuple):
     """The class."""
     files: tuple[Path, ...]
     overlay: dict[str, Any]
-    """Laid over the files: what is common, what is this row's own, its size."""
+    """Laid over the files: what is common, what is this row's own. The command line stands above it."""
+    decided: dict[str, Any]
+    """Laid over all else: the size that the budget gives it."""
     identity: dict[str, Any]
     """What decides over the result, but for seed and learning rate."""
     parameters: int
@@ -38,6 +44,16 @@ class Row(NamedTuple):
         """The names of the tasks."""
         return [source.spec().name for source in self.sources]
 
+    @property
+    def base(self) -> str:
+        """The backbone's name."""
+        return str(self.identity["model"]["init_args"]["backbone"]["init_args"]["name"])
+
+    @property
+    def taken(self) -> tuple:
+        """What decides which rows of the tasks are taken, and tested: the tasks' own arguments, the trainer's limit."""
+        return self.identity["data"]["init_args"]["tasks"], self.identity["trainer"].get("limit_test_batches")
+
 
 def resolve(comparison: Comparison, entry: Entry, budget: int | None, more: Sequence[str]) -> Row:
     """Resolves one of the methods: its configuration with all defaults, its size, its tasks.
@@ -46,13 +62,13 @@ def resolve(comparison: Comparison, entry: Entry, budget: int | None, more: Sequ
         comparison: whose.
         entry: the method.
         budget: parameters of the adapters, if they are to be so many.
-        more: further arguments of the command line.
+        more: further arguments of the command line, each in one word.
 
     Raises:
         ValueError: a budget that the method cannot have, or no such tasks.
     """
     files = (comparison.base, comparison.data, entry.file)
-    overlay = merged(comparison.common, entry.overlay)
+    overlay, decided = merged(comparison.common, entry.overlay), {}
     parsed = parse(files, overlay, more)
     sources = sources_of(parsed)
     method = class_of(parsed.model.class_path)
@@ -64,21 +80,52 @@ def resolve(comparison: Comparison, entry: Entry, budget: int | None, more: Sequ
         else:
             fitted = fit_budget(arguments, budget, len(sources))
             parameters = fitted.form.parameters
-            overlay = merged(overlay, {"model": {"init_args": fitted.form.arguments}})
-            parsed = parse(files, overlay, more)
-    if comparison.rates is not None and "lr" not in rate_of(parsed):
-        raise ValueError(
-            f"methods: {entry.tag!r} has no optimizer whose rate could be chosen; add model.init_args.optimizer to it"
-        )
-    return Row(entry.tag, method.__name__, files, overlay, identity(parsed, sources), parameters, sources)
+            decided = {"model": {"init_args": fitted.form.arguments}}
+            parsed = parse(files, overlay, more, decided)
+    if comparison.rates is not None:
+        refuse_without_choice(parsed)
+    return Row(entry.tag, method.__name__, files, overlay, decided, identity(parsed, sources), parameters, sources)
 
 
-def parse(files: Sequence[Path], overlay: dict[str, Any], more: Sequence[str]) -> Namespace:
-    """Parses a run's model, data and trainer sections as `fit` will."""
+def parse(
+    files: Sequence[Path], overlay: dict[str, Any], more: Sequence[str], decided: dict[str, Any] | None = None
+) -> Namespace:
+    """Parses a run's model, data, trainer and checkpoint sections as `fit` will, the last argument on top."""
     from moe_peft.memory import run_parser
 
-    with written(overlay) as laid:
-        return run_parser().parse_args([*(f"--config={file}" for file in (*files, laid)), *more])
+    with written(overlay) as laid, written(decided or {}) as last:
+        below = [f"--config={file}" for file in (*files, laid)]
+        return run_parser().parse_args([*below, *more, f"--config={last}"])
+
+
+def in_one_word(more: Sequence[str]) -> tuple[str, ...]:
+    """Returns arguments of the command line as --name=value each.
+
+    Raises:
+        ValueError: one that is the comparison's own to give.
+    """
+    words: list[str] = []
+    for word in more:
+        if words and not word.startswith("--") and "=" not in words[-1]:
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    for word in words:
+        name = word.partition("=")[0]
+        if name in OWN:
+            raise ValueError(f"{name}: a comparison gives every fit its own; leave it out, or change the YAML")
+    return tuple(words)
+
+
+def refuse_without_choice(parsed: Namespace) -> None:
+    """Raises one line if there is no learning rate to choose, or nothing to choose it by."""
+    if "lr" not in rate_of(parsed):
+        raise ValueError("there is no optimizer whose rate could be chosen; add model.init_args.optimizer")
+    if parsed.checkpoint.monitor != MONITOR:
+        raise ValueError(
+            f"checkpoint.monitor: {parsed.checkpoint.monitor!r} does not tell which learning rate is the best; use "
+            f"{MONITOR}, or leave learning_rates out"
+        )
 
 
 @contextmanager
@@ -105,21 +152,6 @@ def sources_of(parsed: Namespace) -> list[TaskSource]:
         own = TaskFolder(task) if isinstance(task, str) else class_of(task.class_path)(**task.init_args.as_dict())
         found.append(own.under(root))
     return found
-
-
-def identity(parsed: Namespace, sources: Sequence[TaskSource]) -> dict[str, Any]:
-    """Returns what decides over a result, but for seed and rate: no places, but the bytes of task folders."""
-    config = {name: value for name, value in parsed.as_dict().items() if name not in ASIDE and name != "config"}
-    config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in ASIDE_OF_TRAINER}
-    data = config["data"] = dict(config["data"])
-    data["init_args"] = {key: value for key, value in data["init_args"].items() if key not in ("root", "num_workers")}
-    files = [file for source in sources if isinstance(source, TaskFolder) for file in files_of(source)]
-    return config | {"files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]}
-
-
-def files_of(source: TaskFolder) -> list[Path]:
-    """The files of a task folder."""
-    return [source.path / "task.json", *(source.file(split) for split in SPLITS)]
 
 
 def digest(row: Row, seed: int, rate: float | None) -> str:

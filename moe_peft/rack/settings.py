@@ -67,7 +67,7 @@ class Comparison:
             method, or a mapping of `method` and `model`, whose size is the budget. Sizes stay as they are without it.
         seeds: of the repetitions; the first one also serves to choose the learning rate.
         learning_rates: from which every method's is chosen, on validation data; the methods' own where not given.
-        reference: the tag of the row that all others are compared with; lora where not given.
+        reference: the tag of the row that all others are compared with; where not given lora, or else the first one.
         leave_one_out: also asks how far methods generalise to a task that they were not trained on.
 
     Raises:
@@ -94,6 +94,7 @@ class Comparison:
         self.entries = [entry(method) for method in methods]
         tags = [one.tag for one in self.entries]
         refuse_repeated("methods", tags, "a tag of its own")
+        refuse_repeated("methods", [slug(tag) for tag in tags], "a tag whose folder has another name")
         self.seeds, self.rates = [0] if seeds is None else seeds, learning_rates
         refuse_repeated("seeds", self.seeds, "every seed once")
         refuse_repeated("learning_rates", self.rates or [], "every rate once")
@@ -107,7 +108,8 @@ class Comparison:
         self.budget = budget if budget is None or isinstance(budget, int) else entry(budget)
         if reference is not None and reference not in tags:
             raise ValueError(f"reference: there is no row {reference!r}; use one of {', '.join(tags)}")
-        self.reference, self.out, self.leave_one_out = reference or "lora", Path(out), leave_one_out
+        self.reference = reference or ("lora" if "lora" in tags else tags[0])
+        self.out, self.leave_one_out = Path(out), leave_one_out
 
 
 def read_comparison(file: Path) -> Comparison:
@@ -163,7 +165,10 @@ def entry(given: str | Mapping[str, Any]) -> Entry:
         raise ValueError(f"methods: {what}; a method has {', '.join(ENTRY)}")
     file = found(str(plain["method"]), "methods", "methods")
     overlay = sections({key: plain[key] for key in plain if key in SECTIONS}, "methods")
-    return Entry(str(plain.get("tag", file.stem)), file, bool(plain.get("sized", True)), overlay)
+    sized = plain.get("sized", True)
+    if not isinstance(sized, bool):
+        raise ValueError(f"methods: sized: {sized!r} is neither true nor false")
+    return Entry(str(plain.get("tag", file.stem)), file, sized, overlay)
 
 
 def sections(given: Mapping[str, Any], argument: str) -> dict[str, Any]:

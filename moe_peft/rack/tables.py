@@ -5,23 +5,33 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_peft.callbacks.results import write_text
-from moe_peft.rack.command import Contest
+from moe_peft.rack.contest import Contest
 from moe_peft.rack.measures import ROUTER, Line, measure, plain, standard_error
 from moe_peft.rack.page import page
 from moe_peft.reporting.comparison import Spread, check_alike, references
 from moe_peft.reporting.drawing import drawing
 from moe_peft.reporting.files import as_csv, write_page
+from moe_peft.reporting.words import many
 
 NAME = "compare"
+MANY = 10
+"""Seeds from which on two standard errors mean what they are taken for."""
 COSTS = ("adapter_parameters", "trainable_parameters", "deployed_parameters", "stored_bytes")
-NOTES = (
+SCORES = (
     "Points (100 is perfect), mean over seeds ± standard error over seeds.",
     "The paired difference is over the same test rows and seeds, ± its standard error: the root of the sum of squares "
     "of that over rows (of the seeds' mean differences) and that over seeds (one seed: over rows alone).",
-    "Every learning rate was chosen on validation data with the first seed.",
+)
+FEW = (
+    "A standard error over {} is itself uncertain: where two methods are equal, chance alone passes two of them more "
+    "often than one time in twenty (with three seeds about one in eight), so take differences below three as open."
+)
+CHOICE = "Every learning rate was chosen on validation data with the first seed, which is one of the seeds averaged."
+BUDGET = "Rows below the budget, or more than a fifth above it, say so."
+COST = (
     "Adapters: their trainable parameters; trainable: heads too; deployed: all numbers beside the base that inference "
     "needs, before any merging; FLOPs: matrix products of a forward per token, over the bare base's; step: median; "
-    "memory: the device's peak, on a CPU the process's.",
+    "memory: the device's peak, on a CPU the process's."
 )
 
 
@@ -68,15 +78,24 @@ def write_tables(contest: Contest, out: Path) -> Path:
     write_text(out / f"{NAME}.csv", as_csv(*wide_table(lines, tasks)))
     write_text(out / f"{NAME}.md", markdown(contest, lines, tasks, diverged, missing))
     with drawing():
-        text, pictures = page(contest, lines, tasks, NOTES)
+        text, pictures = page(contest, lines, tasks, notes_of(contest))
     return write_page(out / f"{NAME}.html", text, pictures)
+
+
+def notes_of(contest: Contest) -> list[str]:
+    """What the numbers mean."""
+    settings = contest.comparison
+    few = [FEW.format(many(len(settings.seeds), "seed"))] if 1 < len(settings.seeds) < MANY else []
+    choice = [] if settings.rates is None else [CHOICE]
+    return [*SCORES, *few, *choice, *([] if contest.budget is None else [BUDGET]), COST]
 
 
 def wide_table(lines: Sequence[Line], tasks: Sequence[str]) -> tuple[list[str], list[tuple]]:
     """A line per row of the comparison, every number in a column of its own."""
     header = ["tag", "method", "learning_rate", "seeds", "mean", "mean_stderr", "paired", "paired_stderr"]
     header += [name for task in tasks for name in (task, f"{task}_stderr")]
-    header += [*COSTS, "flops_per_token", "step_seconds", "peak_bytes", *ROUTER, "commit", "config", "runs"]
+    header += [*COSTS, "flops_per_token", "step_rows", "step_seconds", "peak_bytes", *ROUTER]
+    header += ["commits", "config", "runs"]
     rows = []
     for line in lines:
         scores = [line.contestant.mean(), *(line.contestant.score(task) for task in tasks)]
@@ -86,7 +105,7 @@ def wide_table(lines: Sequence[Line], tasks: Sequence[str]) -> tuple[list[str], 
             (
                 *(line.row.tag, line.row.method, line.rate, len(line.fits), *numbers[:2], *paired, *numbers[2:]),
                 *(line.row.parameters, line.trainable, *line.stored),
-                *(line.flops and line.flops.adapters, line.step_seconds, line.peak_bytes),
+                *(line.flops and line.flops.adapters, line.step_rows, line.step_seconds, line.peak_bytes),
                 *(line.router.get(name) for name in ROUTER),
                 *(" ".join(own) for own in (line.commits, map(str, line.row.files))),
                 " ".join(str(fit.folder) for fit in line.fits),
@@ -120,12 +139,12 @@ def markdown(
         scores.append([name, *cells, ""])
     for line in lines:
         cells = [points(line.contestant.score(task)) for task in tasks]
-        scores.append([line.row.tag, *cells, points(line.contestant.mean()), gain(line)])
-    costs = [["", "adapters", "trainable", "deployed", "stored bytes", "FLOPs / token", "s / step", "memory, MiB"]]
-    costs[0] += ["router entropy", "mutual information", "dead", "collapsed"]
+        scores.append([line.label, *cells, points(line.contestant.mean()), gain(line)])
+    costs = [["", "adapters", "trainable", "deployed", "stored bytes", "FLOPs / token", "rows / step"]]
+    costs[0] += ["s / step", "memory, MiB", "router entropy", "mutual information", "dead", "collapsed"]
     for line in lines:
         flops = None if line.flops is None else line.flops.adapters
-        numbers = [line.row.parameters, line.trainable, *line.stored, flops]
+        numbers = [line.row.parameters, line.trainable, *line.stored, flops, line.step_rows]
         step = "" if line.step_seconds is None else f"{line.step_seconds:.2f}"
         router = [f"{line.router[name]:.2f}" if name in line.router else "" for name in ROUTER]
         cells = ["n/a" if number is None else f"{number:,}" for number in numbers]
@@ -138,7 +157,7 @@ def markdown(
         origins.append([line.row.tag, rate, tried(line), config, ", ".join(line.commits), folders])
     budget = "none" if contest.budget is None else f"{contest.budget:,} adapter parameters"
     absent = (("Diverged at every rate", diverged), ("Not run yet", missing))
-    notes = [*NOTES, *(f"{what}: {', '.join(tags)}." for what, tags in absent if tags)]
+    notes = [*notes_of(contest), *(f"{what}: {', '.join(tags)}." for what, tags in absent if tags)]
     return "\n".join(
         [
             f"# {len(lines)} methods on {runs[0].base}",

@@ -1,12 +1,14 @@
 """What a step costs: the clock is the test's own."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from moe_peft.callbacks import costs
-from moe_peft.callbacks.costs import Costs
+from moe_peft.callbacks.costs import Costs, peak_resident
 
 
 @pytest.fixture
@@ -43,3 +45,10 @@ def test_the_median_leaves_out_validations_and_the_first_step_after_each_start(t
     found = json.loads((tmp_path / "costs.json").read_text())
     assert found["steps_timed"] == 5 and found["step_seconds"] == 3.5  # of 1, 2, 3.5, 5, 4
     assert found["peak_resident_bytes"] > 2**20
+
+
+def test_the_peak_is_the_process_own_and_not_its_parents():
+    parent = bytearray(400 * 2**20)
+    script = "from moe_peft.callbacks.costs import peak_resident; print(peak_resident())"
+    child = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    assert peak_resident() - child > 0.5 * len(parent)

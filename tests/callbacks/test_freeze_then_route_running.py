@@ -7,6 +7,7 @@ from moe_peft.callbacks.checkpoints import AdapterCheckpoint
 from moe_peft.callbacks.freeze_then_route import FreezeThenRoute
 from moe_peft.checkpoint import read_checkpoint
 from moe_peft.layers.expert_router import LinearRouter
+from moe_peft.reporting.run import Run
 from tests.callbacks.stages_worker import STEPS, SWITCH, run_stages
 from tests.callbacks.test_freeze_then_route import boundary, expert
 from tests.callbacks.tiny_stages import fit, moved, scripted, weights
@@ -101,6 +102,8 @@ def test_a_whole_fit_tests_the_trained_router(whole):
     best, last = state(folder, "best"), state(folder)
     assert best["router_trained"] and last["router_trained"]
     assert read_checkpoint(folder / "checkpoints/best.ckpt")["global_step"] == 12
+    monitored, history = Run(folder).results["validation"], [own.value for own in Run(folder).history("val/mean")]
+    assert len(history) == 2 and monitored == {"name": "val/mean", "value": pytest.approx(history[1], rel=1e-5)}
     stage_one = {name for name in last if not name.startswith(("router", "features"))}
     assert stage_one and all(torch.equal(best[name], last[name]) for name in stage_one)
 

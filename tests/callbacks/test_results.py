@@ -299,6 +299,7 @@ def facts(**changes):
         "trainable_parameters": 1234,
         "wall_seconds": 61.4,
         "checkpoint": None,
+        "validation": None,
         "versions": {"torch": "2"},
         "ranking": "sum",
         "notes": {"easy": "cut from dev", "hard": "cut from dev"},

@@ -4,8 +4,11 @@ import json
 import shutil
 import sys
 import tarfile
+import tempfile
+from pathlib import Path
 
 from moe_peft.rack.command import compare
+from moe_peft.rack.contest import prepare
 from tests.rack.tiny_rack import in_process, rack
 from tests.tiny_runs import files, world
 
@@ -20,7 +23,7 @@ def tables(rack):
 
 def test_a_comparison_goes_on_from_the_file_as_from_its_folders(rack, in_process, run_tool, tmp_path):
     file = rack.write(seeds=[0, 1], learning_rates=[0.001, 0.01])
-    compare(file, say=lambda line: None)
+    compare(prepare(file), say=lambda line: None)
     before, commands = tables(rack), len(in_process.commands)
     folders = sorted(folder.relative_to(rack.out) for folder in rack.out.glob("runs/*/*"))
     packed = tmp_path / "fits.tar.xz"
@@ -33,10 +36,11 @@ def test_a_comparison_goes_on_from_the_file_as_from_its_folders(rack, in_process
     assert not list(rack.out.rglob("*.ckpt")) and not list(rack.out.rglob("predictions.jsonl"))
     assert not any(own in content for content in contents(packed) for own in (sys.prefix.encode(), b".ckpt"))
     assert all(json.loads(about.read_text())["command"][0] == "python" for about in rack.out.rglob("rack.json"))
-    compare(file, say=lambda line: None)
+    compare(prepare(file), say=lambda line: None)
     assert len(in_process.commands) == commands and tables(rack) == before
 
-    compare(rack.write(["lora", "trex", "mola"], seeds=[0, 1], learning_rates=[0.001, 0.01]), say=lambda line: None)
+    more = rack.write(["lora", "trex", "mola"], seeds=[0, 1], learning_rates=[0.001, 0.01])
+    compare(prepare(more), say=lambda line: None)
     assert len(in_process.commands) == commands + 3
     again = tmp_path / "again.tar.xz"
     assert run_tool("compare", file, "--pack", again)[:2] == (0, [f"9 fits written to {again}."])
@@ -49,7 +53,7 @@ def test_tables_are_written_of_what_is_finished(rack, in_process, run_tool):
     file = rack.write()
     status, _, errors = run_tool("compare", file, "--tables")
     assert status == 2 and errors[0].startswith("error: methods: no row's learning rate is chosen yet; wait for its")
-    compare(rack.write(["lora"]), say=lambda line: None)
+    compare(prepare(rack.write(["lora"])), say=lambda line: None)
     status, out, errors = run_tool("compare", rack.write(), "--tables")
     assert (status, out, errors) == (0, [f"Written to {rack.out / 'compare.html'}."], [])
     content = json.loads((rack.out / "compare.json").read_text())
@@ -63,7 +67,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(rack, in_process, run_tool, t
         f"error: pack: '{rack.out}' has no finished fit of this comparison; run it first"
     )
     assert not packed.exists()
-    compare(file, say=lambda line: None)
+    compare(prepare(file), say=lambda line: None)
     assert refused(run_tool, file, "--pack", tmp_path / "no" / "fits.tar.xz").startswith("error: pack: '")
     assert run_tool("compare", file, "--pack", packed)[0] == 0
     before = files(rack.out / "runs")
@@ -78,7 +82,12 @@ def test_a_mistake_is_one_line_and_changes_nothing(rack, in_process, run_tool, t
     assert refused(run_tool, file, "--unpack", foreign) == (
         f"error: unpack: '{foreign}' holds 'seed0', which is no fit; give what --pack wrote"
     )
-    with_other_tasks(packed)
+    changed = tmp_path / "changed.tar.xz"
+    repack(packed, changed, lambda folder: next(folder.rglob("costs.json")).unlink())
+    assert "', which has no costs.json; give what" in refused(run_tool, file, "--unpack", changed)
+    repack(packed, changed, lambda folder: change_about(folder, hash="0123456789"))
+    assert "', whose hash is another, 01234567; give" in refused(run_tool, file, "--unpack", changed)
+    repack(packed, packed, lambda folder: change_about(folder, tasks=["other"]))
     line = refused(run_tool, file, "--unpack", packed)
     assert line.startswith("error: tasks: '") and "is a finished run of other, this comparison is of tone, next" in line
     assert files(rack.out / "runs") == before
@@ -98,13 +107,35 @@ def contents(packed):
         return [archive.extractfile(member).read() for member in archive]
 
 
-def with_other_tasks(packed):
-    """Changes the tasks of the fits in a file."""
-    folder = packed.with_suffix(".d")
-    with tarfile.open(packed) as archive:
-        archive.extractall(folder, filter="data")
+def test_a_finished_fit_takes_the_place_of_one_that_broke_off(rack, in_process, run_tool, tmp_path):
+    file, packed = rack.write(["lora"]), tmp_path / "fits.tar.xz"
+    compare(prepare(file), say=lambda line: None)
+    assert run_tool("compare", file, "--pack", packed)[0] == 0
+    change_about(rack.out, finished=False)
+    (folder,) = rack.out.glob("runs/lora/*")
+    (folder / "costs.json").unlink()
+    assert run_tool("compare", file, "--unpack", packed)[1] == [
+        f"1 fit taken from {packed}; 1 of this comparison are finished."
+    ]
+    assert (folder / "costs.json").is_file() and not (folder / "predictions.jsonl").exists()
+    (folder / "answers.json").unlink()
+    line = refused(run_tool, file, "--pack", tmp_path / "again.tar.xz")
+    assert line.startswith(f"error: pack: '{folder}/predictions.jsonl' cannot be read (No such file")
+    assert not (tmp_path / "again.tar.xz").exists()
+
+
+def repack(packed, changed, change):
+    """Packs the fits of a file again, after a change."""
+    with tempfile.TemporaryDirectory() as place:
+        with tarfile.open(packed) as archive:
+            archive.extractall(place, filter="data")
+        change(Path(place))
+        with tarfile.open(changed, "w:xz") as archive:
+            for path in Path(place).iterdir():
+                archive.add(path, path.name)
+
+
+def change_about(folder, **changes):
+    """Changes what the fits of a folder say of themselves."""
     for about in folder.rglob("rack.json"):
-        about.write_text(json.dumps(json.loads(about.read_text()) | {"tasks": ["other"]}))
-    with tarfile.open(packed, "w:xz") as archive:
-        for path in folder.iterdir():
-            archive.add(path, path.name)
+        about.write_text(json.dumps(json.loads(about.read_text()) | changes))

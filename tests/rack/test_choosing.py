@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 
-from moe_peft.rack.command import plan, prepare, run_missing
+from moe_peft.rack.command import plan, run_missing
+from moe_peft.rack.contest import prepare
 from tests.rack.tiny_rack import pretend, rack
 from tests.tiny_runs import world
 
@@ -96,10 +97,10 @@ def test_the_budget_is_that_of_a_method(rack, pretend):
     contest = prepare(rack.write(["lora", "mola"], budget={"method": "trex", "model": {"init_args": {"r2": 4}}}))
     larger = prepare(rack.write(["lora", {"method": "mola", "sized": False}], budget=contest.budget + 1))
     assert all(row.parameters >= contest.budget for row in contest.rows)
-    size = contest.rows[0].overlay["model"]["init_args"]["rank"]
+    size = contest.rows[0].decided["model"]["init_args"]["rank"]
     one = prepare(rack.write([{"method": "lora", "model": {"init_args": {"rank": size - 1}}}])).rows[0].parameters
     assert one < contest.budget <= contest.rows[0].parameters
-    assert "model" not in larger.rows[1].overlay
+    assert not larger.rows[1].decided
 
 
 def test_the_plan_names_what_is_to_be_run_and_runs_nothing(rack, pretend):
@@ -113,6 +114,14 @@ def test_the_plan_names_what_is_to_be_run_and_runs_nothing(rack, pretend):
     assert lines[-1] == "5 fits to run, about 0 s"
     assert [line for line in lines if line.startswith("lora, ")] == []
     assert lines[-2] == "trex, 2 further seeds with the rate that is chosen: about 0 s each"
+
+
+def test_the_plan_has_no_seeds_for_what_diverged_and_counts_what_leaves_a_task_out(rack, pretend):
+    pretend(lambda tag, seed, rate: None if tag == "trex" else (0.5, 0.5))
+    settings = {"seeds": [0, 1], "learning_rates": RATES, "leave_one_out": {"shots": 2}}
+    finish(rack.write(["lora", "trex"], **settings))
+    lines = plan(prepare(rack.write(["lora", "trex"], **settings)))
+    assert lines[2:] == ["0 fits to run, about 0 s", "leave-one-out: 12 fits in all for 2 rows, after these"]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +149,23 @@ def test_the_plan_names_what_is_to_be_run_and_runs_nothing(rack, pretend):
             {"methods": [{"method": "lora", "model": {"init_args": {"rnak": 3}}}]},
             "methods: lora: model: LoRA has no argument 'rnak'; it has ",
         ),
+        ({"methods": [{"method": "lora", "sized": "no"}]}, "methods: sized: 'no' is neither true nor false"),
+        (
+            {"methods": [{"method": "lora", "tag": tag} for tag in ("a b", "a-b")]},
+            "methods: 'a-b' is there twice; give a tag whose folder has another name",
+        ),
+        (
+            {"methods": [{"method": "lora", "checkpoint": {"monitor": "val/loss"}}], "learning_rates": [0.1]},
+            "methods: lora: checkpoint.monitor: 'val/loss' does not tell which learning rate is the best; use val/mean",
+        ),
+        (
+            {"methods": ["lora", {"method": "trex", "trainer": {"limit_test_batches": 1}}]},
+            "methods: trex takes other rows of the tasks than lora; leave tasks' own arguments and ",
+        ),
+        (
+            {"leave_one_out": {"tasks": ["mood"]}},
+            "leave_one_out.tasks: 'mood' cannot be left out of tone, next; name one of several",
+        ),
         ({"seed": 3}, "comparison: 'seed' means nothing; a comparison has base, data, methods, out, "),
     ],
 )
@@ -148,6 +174,34 @@ def test_a_mistake_is_one_line_before_anything_is_run(rack, run_tool, changes, e
     assert (status, out, len(errors)) == (2, [], 1), errors
     assert errors[0].startswith(f"error: {expected}"), errors
     assert not rack.out.exists()
+
+
+@pytest.mark.parametrize(
+    "given", [["--ckpt_path=x.ckpt"], ["--seed_everything", "3"], ["--trainer.default_root_dir=x"], ["--config", "x"]]
+)
+def test_what_a_comparison_gives_to_its_fits_cannot_be_given(rack, run_tool, given):
+    status, out, errors = run_tool("compare", rack.write(["lora"]), *given)
+    name = given[0].partition("=")[0]
+    assert (status, out) == (2, []) and not rack.out.exists()
+    assert errors == [f"error: {name}: a comparison gives every fit its own; leave it out, or change the YAML"]
+
+
+def test_rows_on_other_bases_are_refused(rack, world):
+    init = {"backbone": {"class_path": "Seq2SeqLM", "init_args": {"name": str(world.backbones["seq2seq"])}}}
+    with pytest.raises(ValueError, match="methods: trex is on .*, lora on .*; compare on one base"):
+        prepare(rack.write(["lora", {"method": "trex", "model": {"init_args": init}}]))
+
+
+def test_the_reference_is_lora_or_else_the_first_row(rack):
+    assert prepare(rack.write(["trex", "lora"])).comparison.reference == "lora"
+    assert prepare(rack.write(["trex", "mola"])).comparison.reference == "trex"
+
+
+def test_a_fit_without_validation_ends_it_where_a_rate_is_to_be_chosen(rack, pretend):
+    pretend(lambda tag, seed, rate: (float("nan"), 0.5))
+    with pytest.raises(ValueError, match=r"lora, seed 0, learning rate 0.001: there was no validation to choose a lea"):
+        finish(rack.write(["lora"], learning_rates=RATES))
+    assert finish(rack.write(["lora"])) == ["[1/1] lora, seed 0: done (0 s)"]
 
 
 def test_runs_of_other_tasks_are_refused(rack, pretend, run_tool, world):
@@ -174,4 +228,4 @@ def test_a_run_says_what_it_is(rack, pretend):
     about = json.loads(file.read_text())
     assert file.parent.name == f"seed0-lr0.003-{about['hash'][:8]}"
     assert about["learning_rate"] == 0.003 and about["tasks"] == ["tone", "next"]
-    assert about["commit"] and about["command"][1:4] == ["-m", "moe_peft", "fit"]
+    assert about["commits"] and about["finished"] and about["command"][1:4] == ["-m", "moe_peft", "fit"]

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from moe_peft.rack.command import compare
+from moe_peft.rack.contest import prepare
+from moe_peft.rack.left_out import left_out
 from tests.rack.tiny_rack import in_process, rack
 from tests.tiny_runs import world
 
@@ -19,7 +21,7 @@ def test_a_task_is_left_out_and_then_shown(rack, in_process, world):
     own = [world.write(rack.root / f"{name}.yaml", {"model": model}) for name, model in (("more", more), ("moe", moe))]
     settings = {"shots": 2, "tasks": ["next"], "overlay": {"trainer": {"max_epochs": 1}}}
     file = rack.write(["lora", "trex", *map(str, own)], leave_one_out=settings)
-    compare(file)
+    compare(prepare(file))
     content = json.loads((rack.out / "left-out.json").read_text())
     assert content["cannot"] == {"moe": "it routes by task alone, and knows no other task's weights"}
     assert [(line["tag"], line["shots"]) for line in content["rows"]] == [
@@ -43,8 +45,16 @@ def test_a_task_is_left_out_and_then_shown(rack, in_process, world):
             assert zero.keys() == base.keys() and any(zero[row] != base[row] for row in zero)
     commands = len(in_process.commands)
     assert commands == 4 + 3 * 3
-    compare(file)
+    compare(prepare(file))
     assert len(in_process.commands) == commands
+
+
+def test_the_command_line_cannot_bring_the_task_back(rack, world):
+    tasks = f"--data.init_args.tasks=[{world.tasks['tone']}, {world.tasks['next']}]"
+    contest = prepare(rack.write(["lora"], leave_one_out={"tasks": ["next"]}), [tasks, "--trainer.max_steps=5"])
+    (own,) = left_out(contest, contest.rows[0], None)
+    assert own.train.row.tasks == ["tone"] and own.few.row.tasks == ["next"]
+    assert own.zero.row.identity["trainer"]["max_steps"] == 0
 
 
 def answers(file):

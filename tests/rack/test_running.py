@@ -12,7 +12,9 @@ import pytest
 
 from moe_peft.rack import fits
 from moe_peft.rack.command import compare
+from moe_peft.rack.contest import prepare
 from moe_peft.rack.lock import locked
+from moe_peft.rack.tables import write_tables
 from moe_peft.reporting.run import Run
 from tests.rack.tiny_rack import in_process, rack
 from tests.tiny_kills import ROOT, recorded
@@ -26,7 +28,7 @@ def done(rack, in_process):
     """A finished comparison of LoRA and T-REX at T-REX's size, with two seeds and rates."""
     file = rack.write(budget="trex", seeds=[0, 1], learning_rates=[0.001, 0.01])
     said = []
-    page = compare(file, say=said.append)
+    page = compare(prepare(file), say=said.append)
     return file, page, said
 
 
@@ -44,10 +46,10 @@ def test_a_comparison_writes_its_tables_once_and_runs_nothing_again(rack, in_pro
         lines = list(csv.DictReader(table))
     assert [float(line["mean"]) for line in lines] == [row["mean"]["mean"] for row in content["rows"]]
     text = (rack.out / "compare.md").read_text()
-    assert all(row["runs"][0]["run"] in text and row["runs"][0]["commit"] in text for row in content["rows"])
+    assert all(row["runs"][0]["run"] in text and row["runs"][0]["commits"][0] in text for row in content["rows"])
     assert "<script" not in page.read_text() and "src=" not in page.read_text()
     before = files(rack.out / "runs")
-    assert compare(file, say=said.append) == page and len(said) == 6 and len(in_process.commands) == 6
+    assert compare(prepare(file), say=said.append) == page and len(said) == 6 and len(in_process.commands) == 6
     assert files(rack.out / "runs") == before
 
 
@@ -69,27 +71,37 @@ def check_row(row, content):
     assert row["step_seconds"] > 0 and row["peak_bytes"] > 2**20
 
 
+def test_the_command_line_stands_above_the_yaml_and_below_what_is_decided(rack, in_process):
+    more = ["--model.init_args.optimizer.init_args.lr", "0.5", "--model.init_args.rank=7", "--trainer.max_epochs=1"]
+    compare(prepare(rack.write(["lora"], budget=3000, learning_rates=[0.001]), more))
+    (folder,) = rack.out.glob("runs/lora/*")
+    run, row = Run(folder), json.loads((rack.out / "compare.json").read_text())["rows"][0]
+    assert run.model["optimizer"]["init_args"]["lr"] == 0.001 and run.config["trainer"]["max_epochs"] == 1
+    assert run.model["rank"] != 7 and run.results["trainable_parameters"] == row["adapter_parameters"] >= 3000
+
+
 def test_a_fit_that_broke_off_goes_on_and_one_without_a_checkpoint_begins_anew(rack, in_process, monkeypatch):
     recorder = {"class_path": RECORDER, "init_args": {"stop_at": 9}}
     rack.common["trainer"]["callbacks+"] = [recorder]
     file = rack.write(["lora"])
     with pytest.raises(RuntimeError, match="killed"):
-        compare(file)
+        compare(prepare(file))
     (folder,) = rack.out.glob("runs/lora/seed0-*")
     assert [line["step"] for line in recorded(folder)][-1] == 9
     go_on = json.loads((folder / "rack.json").read_text())["seconds"]
     recorder["init_args"]["stop_at"] = None
     digest = folder.name.rpartition("-")[2]
-    monkeypatch.setattr("moe_peft.rack.command.digest", lambda *_: digest)  # the same fit, but for what broke it
-    compare(rack.write(["lora"]))
+    monkeypatch.setattr("moe_peft.rack.contest.digest", lambda *_: digest)  # the same fit, but for what broke it
+    compare(prepare(rack.write(["lora"])))
     assert "--ckpt_path=last" in in_process.commands[-1]
     steps = [line["batch"] for line in recorded(folder)]
     assert steps[:9] == list(range(9)) and 0 < steps[9] <= 9 and steps[-1] == 11
     assert json.loads((folder / "rack.json").read_text())["seconds"] > go_on
-    (folder / "results.json").unlink()
+    about = json.loads((folder / "rack.json").read_text())
+    (folder / "rack.json").write_text(json.dumps(about | {"finished": False}))
     for checkpoint in (folder / "checkpoints").iterdir():
         checkpoint.unlink()
-    compare(rack.write(["lora"]))
+    compare(prepare(rack.write(["lora"])))
     assert "--ckpt_path=last" not in in_process.commands[-1]
     assert [line["batch"] for line in recorded(folder)] == list(range(12))
 
@@ -173,4 +185,34 @@ def test_the_tool_goes_on_after_ctrl_c(rack):
 def test_what_a_fit_said_last_is_its_error(tmp_path):
     log = tmp_path / "log"
     log.write_text("step 1\nerror: bad\nstopped  at step 1\n\n")
+    before = log.stat().st_size
     assert fits.last_words(log) == "bad"
+    log.write_text(log.read_text() + "step 2\nkilled\n")
+    assert fits.last_words(log, before) == "killed"
+
+
+def test_a_fit_is_finished_when_all_of_it_is_written_and_names_every_commit(rack, in_process, monkeypatch):
+    file = rack.write(["lora"])
+    compare(prepare(file))
+    (about,) = rack.out.glob("runs/lora/*/rack.json")
+    content = json.loads(about.read_text())
+    about.write_text(json.dumps(content | {"finished": False}))  # killed behind results.json
+    (about.parent / "predictions.jsonl").unlink()
+    monkeypatch.setattr(fits, "commit", lambda: "another")
+    compare(prepare(file))
+    again = json.loads(about.read_text())
+    assert again["finished"] and again["commits"] == [*content["commits"], "another"]
+    assert (about.parent / "predictions.jsonl").is_file() and len(in_process.commands) == 2
+
+
+def test_a_row_says_what_sets_it_apart(rack, in_process):
+    methods = ["lora", {"method": "trex", "sized": False}]
+    compare(prepare(rack.write(methods, budget=6000, seeds=[0])))
+    compare_again = prepare(rack.write(methods, budget=6000, seeds=[0, 1]))
+    write_tables(compare_again, rack.out)
+    content = json.loads((rack.out / "compare.json").read_text())
+    share = content["rows"][1]["adapter_parameters"] / 6000
+    text = (rack.out / "compare.md").read_text()
+    assert share < 0.95 and f"| trex ({share:.2g} × the budget, 1 of 2 seeds) |" in text
+    assert "| lora (1 of 2 seeds) |" in text and "A standard error over 2 seeds is itself uncertain" in text
+    assert content["rows"][0]["step_rows"] == 8 and "chosen on validation" not in text

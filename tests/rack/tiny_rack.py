@@ -105,7 +105,8 @@ class Pretended:
     """Stands in for a fit's process: writes the files of a run without any training.
 
     Args:
-        scores: of a tag, seed and learning rate the score on validation and on test data; None diverges.
+        scores: of a tag, seed and learning rate the score on validation and on test data; None diverges. Before the
+            checkpoint that is tested there was a better one, of a stage that has passed.
     """
 
     def __init__(self, scores: Callable[[str, int, float], tuple[float, float] | None]) -> None:
@@ -122,8 +123,9 @@ class Pretended:
         ToyRun(log.parent, "LoRA", about["tasks"], seed=about["seed"]).write()
         content = json.loads((log.parent / "results.json").read_text())
         content["rows"]["model"]["mean"] = found[1]
+        content["validation"] = {"name": "val/mean", "value": found[0]}
         (log.parent / "results.json").write_text(json.dumps(content))
-        rows = [(step, 0, "val/mean", found[0] - drop) for step, drop in ((1, 0.3), (2, 0.0), (3, 0.1))]
+        rows = [(step, 0, "val/mean", found[0] - drop) for step, drop in ((1, -0.3), (2, 0.0), (3, 0.1))]
         with (log.parent / "metrics.csv").open("w", newline="") as file:
             csv.writer(file).writerows([["step", "epoch", "name", "value"], *rows])
         return 0

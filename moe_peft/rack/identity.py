@@ -1,0 +1,86 @@
+"""What decides over a fit's result: its configuration without places, and the bytes of what it reads.
+
+The code of this package is not part of it: a fit says which commit it was made with.
+"""
+
+import hashlib
+import inspect
+import sysconfig
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from moe_peft.data.sources import TaskFolder, TaskSource
+from moe_peft.data.tasks import SPLITS
+from moe_peft.reporting.comparison import ASIDE, ASIDE_OF_TRAINER
+
+ASIDE_OF_DATA = ("root", "num_workers")
+PACKAGE = Path(__file__).resolve().parents[1]
+INSTALLED = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
+
+
+def identity(parsed: Namespace, sources: Sequence[TaskSource]) -> dict[str, Any]:
+    """Returns what decides over a result, but for seed and rate.
+
+    Args:
+        parsed: a run's configuration with all defaults.
+        sources: of its tasks.
+    """
+    config = {name: value for name, value in parsed.as_dict().items() if name not in ASIDE and name != "config"}
+    aside = (*ASIDE_OF_TRAINER, "log_every_n_steps")
+    config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in aside}
+    arguments = {key: value for key, value in config["data"]["init_args"].items() if key not in ASIDE_OF_DATA}
+    config["data"] = config["data"] | {"init_args": arguments}
+    files = [file for source in sources if isinstance(source, TaskFolder) for file in files_of(source)]
+    return weighed(config) | {"files": [bytes_of(file) for file in files]}
+
+
+def files_of(source: TaskFolder) -> list[Path]:
+    """The files of a task folder."""
+    return [source.path / "task.json", *(source.file(split) for split in SPLITS)]
+
+
+def weighed(value: Any) -> Any:
+    """A configuration with bytes for the files and folders that it names, and for the code of classes of users."""
+    if isinstance(value, Mapping):
+        found = {str(key): weighed(own) for key, own in value.items()}
+        code = code_of(value.get("class_path"))
+        return found | ({} if code is None else {"code": code})
+    if isinstance(value, list | tuple):
+        return [weighed(own) for own in value]
+    if isinstance(value, Path) or (isinstance(value, str) and "/" in value):
+        path = Path(value).expanduser()
+        return bytes_of(path) if path.exists() else str(value)
+    return value
+
+
+def code_of(class_path: object) -> str | None:
+    """Returns the hash of the file that a class lies in; None for one of this package or an installed one."""
+    module, _, _ = str(class_path).rpartition(".")
+    if not module:
+        return None
+    file = inspect.getsourcefile(import_module(module))
+    path = Path(file or PACKAGE).resolve()
+    return None if any(path.is_relative_to(own) for own in (PACKAGE, *INSTALLED)) else bytes_of(path)
+
+
+def bytes_of(path: Path) -> str:
+    """Returns the hash of a file, or of the names and bytes of all files of a folder."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    stats = [(file, file.stat()) for file in files]
+    parts = [hash_of(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    if path.is_file():
+        return parts[0]
+    names = [str(file.relative_to(path)) for file in files]
+    return hashlib.sha256(repr(list(zip(names, parts, strict=True))).encode()).hexdigest()
+
+
+@cache
+def hash_of(file: Path, size: int, changed: int) -> str:
+    """Returns the hash of a file, which is read once while its size and time stay as they are."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
