@@ -167,7 +167,8 @@ def _uniform_gates(module: TRex, where: str) -> dict[str, Tensor]:
                 assign(own, torch.zeros(own.shape))
         with gathered(router):
             omega, magnitude = router.gates()
-        cores[slot] = (magnitude * router.token_coef * omega / router.experts).expand(router.experts)
+        weight = router.token_coef * omega / router.experts + router.diagonal
+        cores[slot] = (magnitude * weight).expand(router.experts)
     return cores
 
 

@@ -95,7 +95,7 @@ class JointRouter(Router):
         p = softmax(x W_rᵀ)                  joint over the r1 * r2 pairs
         ω = σ(slope * w_ω), m = σ(slope * w_m)
         g = token_coef * ω * p + prior_coef * (1 - ω) * s
-        C = m * Gᵀ,  G = reshape(g, [r1, r2]); rank-one mode: C = m * diag(g)
+        C = m * (G + diagonal * I)ᵀ,  G = reshape(g, [r1, r2]); rank-one mode: C = m * (diag(g) + diagonal * I)
 
     arXiv 2404.08985; constants, additive fusion and the scalar gates follow the official code (spec: T-REX section 1).
 
@@ -112,6 +112,8 @@ class JointRouter(Router):
         token_coef: factor of the token's part (official 32).
         prior_coef: factor of the prior's part (official 4).
         gate_slope: slope of both gates (official 100).
+        diagonal: constant part of pairs (i, j) with i = j modulo the smaller side (official 0; not in the paper). A
+            near uniform G has rank one, with it the update has all ranks from the first step on.
         missing_prior: without a prior in the context, "error" or "token_only" (the prior's part is left out).
         device: where to create the parameters.
     """
@@ -131,13 +133,14 @@ class JointRouter(Router):
         token_coef: float = 32.0,
         prior_coef: float = 4.0,
         gate_slope: float = 100.0,
+        diagonal: float = 0.0,
         missing_prior: str = "error",
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.r1, self.r2, self.rank1, self.factorised, self.top_k = r1, r2, rank1, factorised, top_k
         self.token_coef, self.prior_coef, self.gate_slope = token_coef, prior_coef, gate_slope
-        self.missing_prior, self.clusters = missing_prior, clusters
+        self.diagonal, self.missing_prior, self.clusters = diagonal, missing_prior, clusters
         self.experts = r1 if rank1 else r1 * r2
         outputs = r1 + r2 if factorised else self.experts
         self.weight = nn.Parameter(torch.zeros(outputs, in_features, device=device, dtype=torch.float32))
@@ -196,7 +199,19 @@ class JointRouter(Router):
                 context.record(slot, Routing(self.weights(shrink(x, self.weight), s)))
         factors = self.token_coef, self.prior_coef, self.gate_slope
         alpha, beta = Blend.apply(self.omega, self.magnitude, s, *factors)
-        return Gate("diagonal" if self.rank1 else "matrix", self.weight, alpha, None if s is None else beta)
+        beta = None if s is None else beta
+        if self.diagonal:
+            constant = (self.gates()[1] * self.constant(x.device)).view(*(1,) * (x.dim() - 1), -1)
+            beta = constant if beta is None else beta + constant
+        return Gate("diagonal" if self.rank1 else "matrix", self.weight, alpha, beta)
+
+    def constant(self, device: torch.device) -> Tensor:
+        """Returns what the diagonal adds to g [E] on the way to the core; it is no routing, and not recorded."""
+        if self.rank1:
+            return torch.full((self.experts,), self.diagonal, dtype=self.weight.dtype, device=device)
+        small = min(self.r1, self.r2)
+        i, j = torch.arange(self.r1, device=device) % small, torch.arange(self.r2, device=device) % small
+        return self.diagonal * (i.unsqueeze(-1) == j).to(self.weight.dtype).flatten()
 
     def spread_prior(self, context: RoutingContext, x: Tensor) -> Tensor | None:
         """Returns the prior with as many dimensions as x: [B, 1, E]."""
@@ -204,7 +219,7 @@ class JointRouter(Router):
         return None if s is None else s.reshape(len(x), *(1,) * (x.dim() - 2), -1)
 
     def weights(self, scores: Tensor, s: Tensor | None) -> Tensor:
-        """Returns g without its common factor m [B, S, E], of the scores [B, S, outputs] and the prior."""
+        """Returns g without m and the diagonal [B, S, E], of the scores [B, S, outputs] and the prior."""
         omega = self.gates()[0]
         g = self.token_coef * omega * self.probabilities(scores.to(self.weight.dtype))
         return g if s is None else g + self.prior_coef * (1 - omega) * s
@@ -214,5 +229,5 @@ class JointRouter(Router):
         assert scores is not None
         g = self.weights(scores, self.spread_prior(context, x))
         context.record(slot, Routing(g))
-        g = self.gates()[1] * g
+        g = self.gates()[1] * (g + self.constant(x.device) if self.diagonal else g)
         return g if self.rank1 else g.unflatten(-1, (self.r1, self.r2)).mT

@@ -48,6 +48,8 @@ class TRex(MultitaskModule):
         token_coef: factor of the token's part.
         prior_coef: factor of the prior's part.
         gate_slope: slope of the gates ω and m.
+        diagonal: d in y = W0 x + m · B (G + d I)ᵀ A x; 0 is official. G is near uniform for long, so of rank one: with
+            d the update has all min(r1, r2) ranks from the first step on.
         scale: constant factor of the update (the official code ignores α).
         dropout: on the adapter's input; the router reads it before dropout.
         common: the arguments of `MultitaskModule`.
@@ -73,6 +75,7 @@ class TRex(MultitaskModule):
         token_coef: float = 32.0,
         prior_coef: float = 4.0,
         gate_slope: float = 100.0,
+        diagonal: float = 0.0,
         scale: float = 1.0,
         dropout: float = 0.0,
         **common: Any,
@@ -91,7 +94,7 @@ class TRex(MultitaskModule):
         self.clusters = (max(pairs) if clusters is None else clusters) if use_prior else None
         self.missing_prior, self.router_init, self.factorised_router = missing_prior, router_init, factorised_router
         self.token_coef, self.prior_coef, self.gate_slope = token_coef, prior_coef, gate_slope
-        self.scale, self.dropout = scale, dropout
+        self.diagonal, self.scale, self.dropout = diagonal, scale, dropout
         if self.clusters is not None:
             self.prior = SemanticPrior(embedder, self.clusters, prior_norm)
         self._warned: set[str] = set()
@@ -111,6 +114,7 @@ class TRex(MultitaskModule):
             token_coef=self.token_coef,
             prior_coef=self.prior_coef,
             gate_slope=self.gate_slope,
+            diagonal=self.diagonal,
             missing_prior=self.missing_prior,
             device=device,
         )

@@ -24,6 +24,7 @@ EXACT = {
     "more, winner": (MoRE, {"rank": 3, "scaling": "paper", "selector": "winner"}),
     "more, fixed": (MoRE, {"rank": 3, "selector": "fixed"}),
     "mor1e": (TRex, {"mode": "rank1", "r1": 4, "r2": 4, "use_prior": False, "scale": 0.7}),
+    "mor1e, diagonal": (TRex, {"mode": "rank1", "r1": 4, "r2": 4, "use_prior": False, "diagonal": 1.5}),
     "mor1e, prior": (TRex, {"mode": "rank1", "r1": 5, "r2": 5, "clusters": 3}),
 }
 

@@ -61,6 +61,35 @@ def test_rank_one_mode_gives_the_diagonal():
     torch.testing.assert_close(core, expected)
 
 
+@pytest.mark.parametrize("r1, r2, rank1", [(3, 4, False), (4, 2, False), (3, 3, True)])
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_diagonal_is_added_to_aligned_pairs_and_is_no_routing(r1, r2, rank1, fast):
+    pairs = r1 if rank1 else r1 * r2
+    options = {"r1": r1, "r2": r2, "rank1": rank1, "clusters": pairs}
+    router, official = router_of(diagonal=1.5, **options), router_of(**options)
+    contexts = [context_with(prior_of(pairs)) for _ in range(2)]
+    for context in contexts:
+        context.recording = True
+    found, expected = (core_of(*own, fast) for own in zip((router, official), contexts, strict=True))
+    added = found - expected
+    small, magnitude = min(r1, r2), 1.5 * router.gates()[1]
+    for i in range(r1):
+        for j in [i] if rank1 else range(r2):
+            one = added[..., i] if rank1 else added[..., j, i]
+            torch.testing.assert_close(one, (magnitude * (i % small == j % small)).expand(BATCH, SEQUENCE))
+    assert torch.equal(*(context.records["slot"].weights for context in contexts))
+
+
+def core_of(router, context, fast):
+    """The core that a router gives, or that its gate means."""
+    core, x = run(router, context)
+    if not fast:
+        return core
+    gate = router.gate(x, context, "slot")
+    g = gate.alpha * (x @ gate.rows.mT).softmax(-1) + gate.beta
+    return g if router.rank1 else g.unflatten(-1, (router.r1, router.r2)).mT
+
+
 def test_the_coefficients_and_the_slope_are_options():
     router, s = router_of(clusters=PAIRS, token_coef=3.0, prior_coef=5.0, gate_slope=7.0), prior_of()
     core, x = run(router, context_with(s))

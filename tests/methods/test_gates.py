@@ -12,6 +12,9 @@ from tests.tiny import build, come_alive, output, random_batch
 METHODS = {
     "trex": (TRex, {"r1": 2, "r2": 3}),
     "trex_projected": (TRex, {"r1": 2, "r2": 3, "clusters": 4}),
+    "trex_with_diagonal": (TRex, {"r1": 2, "r2": 3, "diagonal": 2.0}),
+    "trex_diagonal_alone": (TRex, {"r1": 3, "r2": 2, "use_prior": False, "diagonal": 2.0}),
+    "mor1e_with_diagonal": (TRex, {"mode": "rank1", "r1": 3, "r2": 3, "diagonal": 2.0}),
     "trex_without_prior": (TRex, {"r1": 2, "r2": 3, "use_prior": False}),
     "mor1e": (TRex, {"r1": 3, "r2": 3, "mode": "rank1"}),
     "more": (MoRE, {"rank": 4}),
