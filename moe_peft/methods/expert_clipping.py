@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 class ExpertClipping(Part):
     """The part of a method whose experts learn one by one: a common norm would couple them."""
 
+    shares_gradients = False
+    """Whether every expert takes the mean of all experts' gradients, after clipping (see `SharedStart`)."""
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -39,6 +42,20 @@ class ExpertClipping(Part):
             clip_per_expert(self._module(), float(gradient_clip_val))
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if self.shares_gradients:
+            share_gradients(self._module())
+
+
+@torch.no_grad()
+def share_gradients(module: "MultitaskModule") -> None:
+    """Gives every expert the mean of all experts' gradients; heads keep their own.
+
+    Args:
+        module: its adapters are stacked [E, ...].
+    """
+    for parameter in parameter_groups(module)["adapters"]:
+        if parameter.grad is not None:
+            parameter.grad.copy_(parameter.grad.mean(0, keepdim=True).expand_as(parameter.grad))
 
 
 @torch.no_grad()

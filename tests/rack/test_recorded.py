@@ -1,7 +1,10 @@
-"""What the README says of recorded comparisons is what their packed fits say."""
+"""What the README says of recorded comparisons is what their packed fits say, and the tables come out of them again."""
 
 import json
 import math
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from statistics import fmean, stdev
@@ -11,43 +14,75 @@ import pytest
 from moe_peft.reporting.run import Run
 
 ROOT = Path(__file__).parents[2]
+COMPARISONS = ROOT / "configs" / "compare"
 TITLES = {"minilm-13": "### Recorded: thirteen tasks, one budget"}
 
 
+def rows_of(text):
+    """The rows of a text's first table, by their first cell."""
+    lines = iter(line for line in text.splitlines() if line.startswith("|"))
+    next(lines)
+    found = {}
+    for line in lines:
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if name.strip("`") in found or not name:
+            break
+        found[name.strip("`")] = cells
+    return {name: cells for name, cells in found.items() if not name.startswith("---")}
+
+
 def readme_rows(title):
-    """The rows of a section's first table whose first cell is code, by that."""
+    """The rows of a section's first table."""
     _, found, rest = (ROOT / "README.md").read_text(encoding="utf-8").partition(f"\n{title}\n")
     assert found, f"README.md has no section {title!r}"
-    lines = [line for line in rest.partition("\n#")[0].splitlines() if line.startswith("| `")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return {row[0].strip("`"): row[1:] for row in cells}
+    return rows_of(rest.partition("\n#")[0])
 
 
 @pytest.fixture
 def recorded(tmp_path, request):
     """The folders of a comparison's packed fits, by tag."""
-    with tarfile.open(ROOT / "configs" / "compare" / f"{request.param}.tar.xz") as archive:
+    with tarfile.open(COMPARISONS / f"{request.param}.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     return {folder.name: sorted(folder.iterdir()) for folder in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("recorded, title", TITLES.items(), indirect=["recorded"])
-def test_the_table_is_that_of_the_packed_fits(recorded, title):
-    rows = readme_rows(title)
-    complete = {tag for tag, folders in recorded.items() if len({Run(folder).seed for folder in folders}) == 3}
-    assert rows.keys() == complete
+def test_the_readme_s_table_is_that_of_the_packed_fits(recorded, title):
+    rows, about = readme_rows(title), {}
+    for tag, folders in recorded.items():
+        every = [(folder, json.loads((folder / "rack.json").read_text())) for folder in folders]
+        about[tag] = [(Run(folder), own) for folder, own in every if own["finished"]]
+    assert rows.keys() == {tag for tag, fits in about.items() if len({own["seed"] for _, own in fits}) == 3}
     for tag, (mean, *_, rate, adapters) in rows.items():
-        runs = [Run(folder) for folder in recorded[tag]]
-        about = [json.loads((run.folder / "rack.json").read_text()) for run in runs]
-        tried = [max(own.value for own in run.history("val/mean")) for run in runs if run.seed == 0]
-        rates = [own["learning_rate"] for own in about if own["seed"] == 0]
-        best = rates[tried.index(max(tried))]
-        scores = [
-            run.results["rows"]["model"]["mean"]
-            for run, own in zip(runs, about, strict=True)
-            if own["learning_rate"] == best
-        ]
+        fits = about[tag]
+        tried = {own["learning_rate"]: run.results["validation"]["value"] for run, own in fits if own["seed"] == 0}
+        best = max(tried, key=tried.__getitem__)
+        scores = [run.results["rows"]["model"]["mean"] for run, own in fits if own["learning_rate"] == best]
         assert len(scores) == 3
         assert mean == f"{100 * fmean(scores):.1f} ±{100 * stdev(scores) / math.sqrt(3):.1f}", tag
-        assert rate == f"{best:g}" and adapters == f"{about[0]['adapter_parameters']:,}", tag
-        assert all(len(own["commit"]) == 12 for own in about), "recorded with uncommitted code"
+        assert rate == f"{best:g}" and adapters == f"{fits[0][1]['adapter_parameters']:,}", tag
+        assert all(len(commit) == 12 for _, own in fits for commit in own["commits"]), "with uncommitted code"
+
+
+@pytest.mark.parametrize("name, title", TITLES.items())
+def test_the_readme_s_differences_are_those_of_the_recorded_tables(name, title):
+    recorded = rows_of((COMPARISONS / f"{name}.md").read_text(encoding="utf-8"))
+    for tag, (mean, difference, *_) in readme_rows(title).items():
+        label = next(own for own in recorded if own.partition(" (")[0] == tag)
+        assert recorded[label][-2:] == [mean, difference], tag
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TITLES)
+def test_the_recorded_tables_come_out_of_the_packed_fits(name, data_root, tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "data").symlink_to(data_root)
+    tool = [sys.executable, str(ROOT / "tools" / "compare.py"), f"configs/compare/{name}.yaml", "--data.root=data"]
+    for mode in ([f"--unpack=configs/compare/{name}.tar.xz"], ["--tables"]):
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*tool, *mode], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
+        )
+        assert done.returncode == 0, done.stderr
+    made = (tmp_path / "runs" / f"compare-{name}" / "compare.md").read_text(encoding="utf-8")
+    assert made == (COMPARISONS / f"{name}.md").read_text(encoding="utf-8")
