@@ -70,7 +70,6 @@ def left_out(contest: Contest, row: Row, rate: float | None) -> Iterator[LeftOut
         contest: whose.
         row: the method.
         rate: its learning rate.
-
     """
     settings = contest.comparison.leave_one_out
     assert settings is not None
