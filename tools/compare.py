@@ -55,8 +55,9 @@ def done(given: Namespace, more: list[str]) -> str:
     if given.pack is not None:
         return f"{many(pack(contest, given.pack), 'fit')} written to {given.pack}."
     if given.unpack is not None:
-        new, finished = unpack(contest, given.unpack)
-        return f"{many(new, 'fit')} taken from {given.unpack}; {finished} of this comparison are finished."
+        new, strange, finished = unpack(contest, given.unpack)
+        other = f" ({strange} of other settings or defaults)" if strange else ""
+        return f"{many(new, 'fit')} taken from {given.unpack}{other}; {finished} of this comparison are finished."
     return f"Written to {compare(contest, lambda line: print(line, flush=True))}."
 
 

@@ -133,7 +133,7 @@ class FreezeThenRoute(Callback):
                 raise ValueError(f"FreezeThenRoute: {name} would span both stages; use WarmupDecay, or scheduler: null")
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        total, boundary = trainer.estimated_stepping_batches, self._boundary(trainer)
+        total, boundary = trainer.estimated_stepping_batches, self.boundary(trainer)
         if math.isinf(total):
             raise ValueError("FreezeThenRoute: the fit has no end; give trainer.max_epochs or trainer.max_steps")
         if boundary >= total:
@@ -146,7 +146,7 @@ class FreezeThenRoute(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Puts the module into the stage of this step; the first of stage two freezes the experts."""
         assert isinstance(pl_module, MultitaskModule)
-        routing = trainer.global_step >= self._boundary(trainer)
+        routing = trainer.global_step >= self.boundary(trainer)
         if routing and not self.opened:
             self._freeze(trainer, pl_module)
         pl_module.closed_groups = EXPERTS if routing else ROUTER
@@ -160,7 +160,8 @@ class FreezeThenRoute(Callback):
         assert isinstance(pl_module, MultitaskModule)
         pl_module.closed_groups = frozenset()
 
-    def _boundary(self, trainer: Trainer) -> int:
+    def boundary(self, trainer: Trainer) -> int:
+        """Returns the optimizer step at which stage two begins at the latest."""
         if self.switch_at is not None:
             return self.switch_at
         if self.expert_paths is not None:

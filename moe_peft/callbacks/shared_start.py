@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from moe_peft.callbacks.freeze_then_route import FreezeThenRoute
 from moe_peft.methods.tt_lora_moe import TTLoRAMoE
 from moe_peft.sharding import is_sharded
 
@@ -42,13 +43,32 @@ class SharedStart(Callback):
         """Makes the experts equal, unless the fit is resumed.
 
         Raises:
-            ValueError: sharded experts, of whose mean no rank has all parts.
+            ValueError: sharded experts, of whose mean no rank has all parts; experts of other runs; or a stage one that
+                leaves the experts no step apart.
         """
         assert isinstance(pl_module, TTLoRAMoE)
         if is_sharded(pl_module):
             raise ValueError("SharedStart: experts are sharded here; train with DDP or on one device")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FreezeThenRoute):
+                self._refuse(trainer, callback)
         if trainer.ckpt_path is None:
             make_equal(pl_module)
+
+    def _refuse(self, trainer: Trainer, stages: FreezeThenRoute) -> None:
+        """Refuses stages of `FreezeThenRoute` in which the experts would never go apart."""
+        if stages.expert_paths is not None:
+            raise ValueError("SharedStart: the experts of expert_paths are trained already; drop this callback")
+        if stages.patience is not None:
+            raise ValueError(
+                "SharedStart: FreezeThenRoute's patience may end stage one while all experts are one; drop patience"
+            )
+        shared = self.epochs * -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+        if shared >= stages.boundary(trainer):
+            raise ValueError(
+                f"SharedStart: epochs {self.epochs} leaves no step to go apart before FreezeThenRoute ends stage one; "
+                "give fewer, or a longer stage one"
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Shares the gradients of this step, or no longer."""

@@ -1,9 +1,10 @@
 """A comparison's fits in one file, to keep, to pass on, and to go on from elsewhere: all that its tables need.
 
 Checkpoints, logs and the scores of every option stay behind, which are a hundred times the rest; of the answers the
-chosen option is kept.
+chosen option is kept. Fits without a task (leave-one-out) stay behind too.
 """
 
+import contextlib
 import io
 import json
 import lzma
@@ -16,7 +17,7 @@ from typing import Any
 
 from moe_peft.callbacks.costs import FILE as COSTS
 from moe_peft.predictions import Prediction
-from moe_peft.rack.contest import RUNS, Contest, fits_of, refuse_other_tasks
+from moe_peft.rack.contest import RUNS, Contest, fits_of
 from moe_peft.rack.fits import ABOUT, DECIDED, OVERLAY, Fit
 from moe_peft.rack.lock import locked
 from moe_peft.rack.measures import stored
@@ -58,7 +59,8 @@ def pack(contest: Contest, file: Path) -> int:
         fix = "name another file" if own else "put it back, or delete its folder and run the comparison again"
         raise ValueError(f"pack: {what} ({error.strerror}); {fix}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may be none
+            part.unlink()
     return len(done)
 
 
@@ -96,7 +98,7 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
-def unpack(contest: Contest, file: Path) -> tuple[int, int]:
+def unpack(contest: Contest, file: Path) -> tuple[int, int, int]:
     """Puts the fits of a file among a comparison's own; those that have come to an end there stay as they are.
 
     Args:
@@ -104,7 +106,8 @@ def unpack(contest: Contest, file: Path) -> tuple[int, int]:
         file: what `pack` wrote.
 
     Returns:
-        How many were put there, and how many of the comparison's are finished by now.
+        How many were put there; how many of these are none of the comparison's, but of other settings or defaults; and
+        how many of the comparison's are finished by now.
 
     Raises:
         ValueError: no such file, a damaged one, or one with other things than fits of these tasks; nothing is put
@@ -121,7 +124,11 @@ def unpack(contest: Contest, file: Path) -> tuple[int, int]:
         for folder in found:
             if odd := flaw(folder):
                 raise ValueError(f"unpack: '{file}' holds '{folder.name}', {odd}; give what --pack wrote")
-        refuse_other_tasks(contest, Path(place))
+            if (tasks := about_of(folder)["tasks"]) != contest.rows[0].tasks:
+                raise ValueError(
+                    f"unpack: '{file}' holds fits of {', '.join(tasks)}, this comparison is of "
+                    f"{', '.join(contest.rows[0].tasks)}; give one of these tasks"
+                )
         new = [folder for folder in found if not ended(out / RUNS / folder.relative_to(place))]
         for folder in new:
             there = out / RUNS / folder.relative_to(place)
@@ -129,7 +136,9 @@ def unpack(contest: Contest, file: Path) -> tuple[int, int]:
                 shutil.rmtree(there)  # broken off
             there.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(there)
-    return len(new), sum(fit.finished for row in contest.rows for fit in fits_of(contest, row))
+    own = [fit for row in contest.rows for fit in fits_of(contest, row)]
+    strange = {folder.relative_to(place) for folder in new} - {fit.folder.relative_to(out / RUNS) for fit in own}
+    return len(new), len(strange), sum(fit.finished for fit in own)
 
 
 def about_of(folder: Path) -> dict[str, Any]:

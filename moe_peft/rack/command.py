@@ -48,20 +48,27 @@ def run_missing(contest: Contest, lock: int, say: Say) -> None:
         say: takes a line for every fit.
 
     Raises:
-        ValueError: a fit has failed, and not because it diverged.
+        ValueError: a fit has failed, and not because it diverged; or it has no validation score where one is needed.
     """
     for number, row in enumerate(contest.rows, start=1):
+        for fit in contest.tried(row):
+            refuse_unrated(contest, fit)
         for fit in missing(contest, row):
             fit.run(lock)
+            refuse_unrated(contest, fit)
             score = validation_score(fit)
-            if score is None and not fit.failed and contest.comparison.rates is not None:
-                raise ValueError(
-                    f"{fit.name}: there was no validation to choose a learning rate by; let the trainer validate, or "
-                    "leave learning_rates out"
-                )
             what = f"validation {100 * score:.1f}" if score is not None else "done"
             what = f"diverged: {fit.failed}" if fit.failed else what
             say(f"[{number}/{len(contest.rows)}] {fit.name}: {what} ({duration(fit.about['seconds'])})")
+
+
+def refuse_unrated(contest: Contest, fit: Fit) -> None:
+    """Raises one line if a fit is finished and its learning rate cannot be told from others."""
+    if contest.comparison.rates is not None and fit.finished and validation_score(fit) is None:
+        raise ValueError(
+            f"{fit.name}: there was no validation to choose a learning rate by; let the trainer validate, or leave "
+            "learning_rates out"
+        )
 
 
 def missing(contest: Contest, row: Row) -> Iterator[Fit]:

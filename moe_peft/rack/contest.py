@@ -73,7 +73,7 @@ def prepare(file: Path, more: Sequence[str] = ()) -> Contest:
             raise ValueError(f"methods: {entry.tag}: {one_line(str(error))}") from None
     contest = Contest(comparison, rows, budget, more)
     refuse_unlike(rows)
-    refuse_other_tasks(contest, comparison.out / RUNS)
+    refuse_other_tasks(contest)
     refuse_left_out(contest)
     return contest
 
@@ -87,8 +87,9 @@ def refuse_unlike(rows: Sequence[Row]) -> None:
                 f"methods: {row.tag} is of the tasks {', '.join(row.tasks)}, {first.tag} of {', '.join(first.tasks)}; "
                 "compare over the same tasks"
             )
-        if row.base != first.base:
-            raise ValueError(f"methods: {row.tag} is on {row.base}, {first.tag} on {first.base}; compare on one base")
+        if row.backbone != first.backbone:
+            other = first.base if first.base != row.base else f"{first.base} with other arguments"
+            raise ValueError(f"methods: {row.tag} is on {row.base}, {first.tag} on {other}; compare on one base")
         if row.taken != first.taken:
             raise ValueError(
                 f"methods: {row.tag} takes other rows of the tasks than {first.tag}; leave tasks' own arguments and "
@@ -97,27 +98,26 @@ def refuse_unlike(rows: Sequence[Row]) -> None:
 
 
 def refuse_left_out(contest: Contest) -> None:
-    """Raises one line if a task cannot be left out."""
+    """Raises one line if a task cannot be left out, or a fit without it cannot be configured."""
+    from moe_peft.rack.left_out import able, left_out  # which need what is above
+
     settings, tasks = contest.comparison.leave_one_out, contest.rows[0].tasks
     for task in (settings.tasks or tasks) if settings is not None else ():
         if task not in tasks or len(tasks) < 2:
             raise ValueError(
                 f"leave_one_out.tasks: {task!r} cannot be left out of {', '.join(tasks)}; name one of several"
             )
+    for row in able(contest) if settings is not None else ():
+        try:
+            next(left_out(contest, row, None))
+        except (ValueError, ArgumentError) as error:
+            raise ValueError(f"leave_one_out: {row.tag}: {one_line(str(error))}") from None
 
 
-def refuse_other_tasks(contest: Contest, runs: Path) -> None:
-    """Refuses a folder whose finished runs are of other tasks than a comparison.
-
-    Args:
-        contest: whose rows.
-        runs: the folder.
-
-    Raises:
-        ValueError: names both lists.
-    """
+def refuse_other_tasks(contest: Contest) -> None:
+    """Raises one line that names both lists if the folder has finished runs of other tasks."""
     here = contest.rows[0].tasks
-    for file in sorted(runs.glob("*/*/rack.json")):
+    for file in sorted((contest.comparison.out / RUNS).glob("*/*/rack.json")):
         about = json.loads(file.read_text(encoding="utf-8"))
         if about.get("finished") and about["tasks"] != here:
             raise ValueError(

@@ -1,8 +1,7 @@
 """The fits of a comparison: what each of them is, whether it is finished, and how it is run.
 
-A fit's folder is named by the hash of all that decides what it trains on: the configuration with every default, seed,
-learning rate, and the bytes of its task folders. So an edited comparison finds what it left unchanged, and nothing is
-ever written over.
+A fit's folder is named by the hash of all that decides what it trains on (see `identity`), of seed and learning rate.
+So an edited comparison finds what it left unchanged, and nothing is ever written over.
 """
 
 import json

@@ -19,6 +19,8 @@ from moe_peft.data.tasks import SPLITS
 from moe_peft.reporting.comparison import ASIDE, ASIDE_OF_TRAINER
 
 ASIDE_OF_DATA = ("root", "num_workers")
+PLACES = ("name", "path", "folder", "checkpoint", "expert_paths")
+"""Arguments whose value may be a file or a folder without a slash in its name."""
 PACKAGE = Path(__file__).resolve().parents[1]
 INSTALLED = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
 
@@ -44,18 +46,28 @@ def files_of(source: TaskFolder) -> list[Path]:
     return [source.path / "task.json", *(source.file(split) for split in SPLITS)]
 
 
-def weighed(value: Any) -> Any:
+def weighed(value: Any, key: str = "") -> Any:
     """A configuration with bytes for the files and folders that it names, and for the code of classes of users."""
     if isinstance(value, Mapping):
-        found = {str(key): weighed(own) for key, own in value.items()}
+        found = {str(key): weighed(own, str(key)) for key, own in value.items()}
         code = code_of(value.get("class_path"))
         return found | ({} if code is None else {"code": code})
     if isinstance(value, list | tuple):
-        return [weighed(own) for own in value]
-    if isinstance(value, Path) or (isinstance(value, str) and "/" in value):
-        path = Path(value).expanduser()
-        return bytes_of(path) if path.exists() else str(value)
+        return [weighed(own, key) for own in value]
+    if isinstance(value, Path) or (isinstance(value, str) and ("/" in value or key in PLACES)):
+        path = place(value)
+        return str(value) if path is None else bytes_of(path)
     return value
+
+
+def place(value: str | Path) -> Path | None:
+    """Returns the file or folder that a value names; None where there is none, or all would lie in it."""
+    try:
+        path = Path(value).expanduser()
+        found = path.exists() and not Path.cwd().is_relative_to(path.resolve())
+    except (OSError, RuntimeError):  # no path at all: too long, or of nobody's home
+        return None
+    return path if found else None
 
 
 def code_of(class_path: object) -> str | None:

@@ -17,6 +17,7 @@ from moe_peft.budget import class_of
 from moe_peft.callbacks.results import write_text
 from moe_peft.callbacks.transfer import TransferFrom
 from moe_peft.messages import arguments_of
+from moe_peft.methods.tt_lora_moe import TTLoRAMoE
 from moe_peft.rack.contest import Contest, Say
 from moe_peft.rack.fits import Fit
 from moe_peft.rack.rows import Row, digest, identity, parse, sources_of
@@ -41,7 +42,8 @@ class LeftOut(NamedTuple):
 def incapable(parsed: Namespace) -> str | None:
     """Says why a method cannot serve a task that it was not trained on; None where it can."""
     method = class_of(parsed.model.class_path)
-    if any(own.class_path.endswith(".FreezeThenRoute") for own in parsed.trainer.callbacks or []):
+    routed = any(own.class_path.endswith(".FreezeThenRoute") for own in parsed.trainer.callbacks or [])
+    if routed or issubclass(method, TTLoRAMoE):
         return "its experts are those of the tasks that it was trained on"
     if method.task_decides and "unknown_task" not in arguments_of(method):
         return "it routes by task alone, and knows no other task's weights"
@@ -52,10 +54,19 @@ def planned(contest: Contest) -> str:
     """Says how many fits leaving one out takes, finished ones included."""
     settings = contest.comparison.leave_one_out
     assert settings is not None
-    able = [parsed for row in contest.rows if incapable(parsed := parse(row.files, row.overlay, contest.more)) is None]
-    tasks = len(settings.tasks or contest.rows[0].tasks)
-    fits = tasks * sum(2 if is_classifier(parsed) else 3 for parsed in able)
-    return f"leave-one-out: {many(fits, 'fit')} in all for {many(len(able), 'row')}, after these"
+    rows, tasks = able(contest), len(settings.tasks or contest.rows[0].tasks)
+    fits = tasks * sum(2 if is_classifier(parsed_of(contest, row)) else 3 for row in rows)
+    return f"leave-one-out: {many(fits, 'fit')} in all for {many(len(rows), 'row')}, after these"
+
+
+def able(contest: Contest) -> list[Row]:
+    """The rows that can serve a task that they were not trained on."""
+    return [row for row in contest.rows if incapable(parsed_of(contest, row)) is None]
+
+
+def parsed_of(contest: Contest, row: Row) -> Namespace:
+    """A row's configuration, but for its size."""
+    return parse(row.files, row.overlay, contest.more)
 
 
 def is_classifier(parsed: Namespace) -> bool:
@@ -73,7 +84,7 @@ def left_out(contest: Contest, row: Row, rate: float | None) -> Iterator[LeftOut
     """
     settings = contest.comparison.leave_one_out
     assert settings is not None
-    parsed = parse(row.files, row.overlay, contest.more)
+    parsed = parsed_of(contest, row)
     sources = [own if isinstance(own, str) else own.as_dict() for own in parsed.data.init_args.tasks]
     known = "unknown_task" in arguments_of(class_of(parsed.model.class_path))
     for task in settings.tasks or row.tasks:
@@ -148,7 +159,7 @@ def run_left_out(contest: Contest, lock: int, say: Say) -> None:
     done: list[LeftOut] = []
     cannot: dict[str, str] = {}
     for row in contest.rows:
-        why, chosen = incapable(parse(row.files, row.overlay, contest.more)), contest.chosen(row)
+        why, chosen = incapable(parsed_of(contest, row)), contest.chosen(row)
         if why is not None or chosen is None:
             cannot[row.tag] = why or "it diverged at every learning rate"
             continue

@@ -125,6 +125,13 @@ def labelled(contest: Contest, row: Row, seeds: int) -> str:
     return f"{row.tag} ({', '.join(marks)})" if marks else row.tag
 
 
+def tried(line: Line) -> str:
+    """The scores on validation data by learning rate."""
+    scores = ["diverged" if fit.failed else "n/a" if own is None else f"{100 * own:.1f}" for fit, own in line.tried]
+    rates = ["" if fit.rate is None else f"{fit.rate:g}: " for fit, _ in line.tried]
+    return ", ".join(rate + score for rate, score in zip(rates, scores, strict=True))
+
+
 def stored(fit: Fit) -> Stored:
     """Returns what a fit's adapter holds: as noted where the fit came out of an archive, else by its checkpoint."""
     about = fit.about

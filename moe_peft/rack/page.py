@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from moe_peft.rack.contest import Contest
-from moe_peft.rack.measures import ROUTER, Line, standard_error
+from moe_peft.rack.measures import ROUTER, Line, standard_error, tried
 from moe_peft.reporting import html
 from moe_peft.reporting.comparison import Spread, references
 from moe_peft.reporting.comparison_page import ROWS
@@ -108,14 +108,9 @@ def origin_table(lines: Sequence[Line]) -> Raw:
     """Where every row comes from: the rates that were tried, configuration, commit and run folders."""
     rows: list[list[object]] = []
     for line in lines:
-        tried = [
-            f"{'its own' if fit.rate is None else f'{fit.rate:g}'}: "
-            + ("diverged" if score is None else f"{100 * score:.1f}")
-            for fit, score in line.tried
-        ]
         rate = "its own" if line.rate is None else f"{line.rate:g}"
         config, runs = (", ".join(map(str, own)) for own in (line.row.files, [fit.folder for fit in line.fits]))
-        rows.append([line.row.tag, rate, ", ".join(tried), config, ", ".join(line.commits), runs])
+        rows.append([line.row.tag, rate, tried(line), config, ", ".join(line.commits), runs])
     return html.table("runs", ["", "rate", "validation by rate", "configuration", "commit", "runs"], rows)
 
 

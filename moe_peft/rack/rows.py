@@ -18,6 +18,8 @@ from moe_peft.rack.settings import Comparison, Entry, merged
 
 OWN = ("--config", "--ckpt_path", "--seed_everything", "--trainer.default_root_dir")
 """Arguments of the command line that are the comparison's to give."""
+SPEED = ("attention", "gradient_checkpointing")
+"""Arguments of a backbone that change its speed and memory alone."""
 MONITOR = "val/mean"
 """What a learning rate is chosen by."""
 
@@ -38,6 +40,8 @@ class Row(NamedTuple):
     parameters: int
     """Trainable ones of the adapters."""
     sources: list[TaskSource]
+    base: str
+    """The backbone's name."""
 
     @property
     def tasks(self) -> list[str]:
@@ -45,14 +49,16 @@ class Row(NamedTuple):
         return [source.spec().name for source in self.sources]
 
     @property
-    def base(self) -> str:
-        """The backbone's name."""
-        return str(self.identity["model"]["init_args"]["backbone"]["init_args"]["name"])
+    def backbone(self) -> dict[str, Any]:
+        """What decides over the base's answers: its class and arguments, but for how fast it computes."""
+        own = self.identity["model"]["init_args"]["backbone"]
+        return own | {"init_args": {name: value for name, value in own["init_args"].items() if name not in SPEED}}
 
     @property
     def taken(self) -> tuple:
-        """What decides which rows of the tasks are taken, and tested: the tasks' own arguments, the trainer's limit."""
-        return self.identity["data"]["init_args"]["tasks"], self.identity["trainer"].get("limit_test_batches")
+        """What decides which rows of the tasks are taken, and tested: the tasks' own arguments, and the limit."""
+        data, limit = self.identity["data"]["init_args"], self.identity["trainer"].get("limit_test_batches")
+        return data["tasks"], limit, None if limit is None else data["eval_batch_size"]
 
 
 def resolve(comparison: Comparison, entry: Entry, budget: int | None, more: Sequence[str]) -> Row:
@@ -84,7 +90,8 @@ def resolve(comparison: Comparison, entry: Entry, budget: int | None, more: Sequ
             parsed = parse(files, overlay, more, decided)
     if comparison.rates is not None:
         refuse_without_choice(parsed)
-    return Row(entry.tag, method.__name__, files, overlay, decided, identity(parsed, sources), parameters, sources)
+    known, base = identity(parsed, sources), str(parsed.model.init_args.backbone.init_args.name)
+    return Row(entry.tag, method.__name__, files, overlay, decided, known, parameters, sources, base)
 
 
 def parse(
@@ -121,10 +128,11 @@ def refuse_without_choice(parsed: Namespace) -> None:
     """Raises one line if there is no learning rate to choose, or nothing to choose it by."""
     if "lr" not in rate_of(parsed):
         raise ValueError("there is no optimizer whose rate could be chosen; add model.init_args.optimizer")
-    if parsed.checkpoint.monitor != MONITOR:
+    monitor, mode = parsed.checkpoint.monitor, parsed.checkpoint.mode
+    if (monitor, mode) != (MONITOR, "max"):
         raise ValueError(
-            f"checkpoint.monitor: {parsed.checkpoint.monitor!r} does not tell which learning rate is the best; use "
-            f"{MONITOR}, or leave learning_rates out"
+            f"checkpoint.monitor: {monitor!r} ({mode}) does not tell which learning rate is the best; use {MONITOR} "
+            "(max), or leave learning_rates out"
         )
 
 

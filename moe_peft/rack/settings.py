@@ -193,12 +193,17 @@ def refuse_repeated(argument: str, values: Sequence[object], what: str) -> None:
 
 
 def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Lays mappings over each other, the last one on top."""
+    """Lays mappings over each other, the last one on top; lists of a key that ends in +, which adds, are all there."""
     whole: dict[str, Any] = {}
     for part in parts:
         for key, value in part.items():
             below = whole.get(key)
-            whole[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+            if isinstance(below, Mapping) and isinstance(value, Mapping):
+                whole[key] = merged(below, value)
+            elif key.endswith("+") and isinstance(below, list) and isinstance(value, list):
+                whole[key] = [*below, *value]
+            else:
+                whole[key] = value
     return whole
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moe_peft.callbacks.results import write_text
 from moe_peft.rack.contest import Contest
-from moe_peft.rack.measures import ROUTER, Line, measure, plain, standard_error
+from moe_peft.rack.measures import ROUTER, Line, measure, plain, standard_error, tried
 from moe_peft.rack.page import page
 from moe_peft.reporting.comparison import Spread, check_alike, references
 from moe_peft.reporting.drawing import drawing
@@ -169,13 +169,6 @@ def markdown(
             "",
         ]
     )
-
-
-def tried(line: Line) -> str:
-    """The scores on validation data by learning rate."""
-    each = ["diverged" if score is None else f"{100 * score:.1f}" for _, score in line.tried]
-    rates = ["" if fit.rate is None else f"{fit.rate:g}: " for fit, _ in line.tried]
-    return ", ".join(rate + score for rate, score in zip(rates, each, strict=True))
 
 
 def as_markdown(table: Sequence[Sequence[str]]) -> list[str]:

@@ -77,6 +77,22 @@ def test_a_resumed_fit_goes_on_to_the_bit(tmp_path, step):
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(whole).items())
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"experts_epochs": 1}, "epochs 1 leaves no step to go apart before FreezeThenRoute ends stage one"),
+        ({"experts_steps": 4}, "epochs 1 leaves no step to go apart"),
+        (
+            {"experts_epochs": 2, "patience": 1},
+            "FreezeThenRoute's patience may end stage one while all experts are one",
+        ),
+    ],
+)
+def test_stages_in_which_experts_never_go_apart_are_refused(tmp_path, given, message):
+    with pytest.raises(ValueError, match=f"SharedStart: {message}"):
+        fit(scripted(), tmp_path, FreezeThenRoute(**given), SharedStart(), epochs=3)
+
+
 def test_mistakes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="SharedStart: epochs is 0, it must be at least 1"):
         SharedStart(0)

@@ -47,6 +47,11 @@ def test_a_comparison_goes_on_from_the_file_as_from_its_folders(rack, in_process
     own = files(rack.out / "runs")
     assert run_tool("compare", file, "--unpack", packed)[1][0].startswith(f"0 fits taken from {packed}; 9 of ")
     assert files(rack.out / "runs") == own
+    shutil.rmtree(rack.out)
+    more = [file, "--unpack", packed, "--trainer.max_epochs=1"]
+    assert run_tool("compare", *more)[1] == [
+        f"6 fits taken from {packed} (6 of other settings or defaults); 0 of this comparison are finished."
+    ]
 
 
 def test_tables_are_written_of_what_is_finished(rack, in_process, run_tool):
@@ -69,6 +74,9 @@ def test_a_mistake_is_one_line_and_changes_nothing(rack, in_process, run_tool, t
     assert not packed.exists()
     compare(prepare(file), say=lambda line: None)
     assert refused(run_tool, file, "--pack", tmp_path / "no" / "fits.tar.xz").startswith("error: pack: '")
+    assert refused(run_tool, file, "--pack", file / "fits.tar.xz") == (
+        f"error: pack: '{file}/fits.tar.xz' cannot be written (Not a directory); name another file"
+    )
     assert run_tool("compare", file, "--pack", packed)[0] == 0
     before = files(rack.out / "runs")
     assert refused(run_tool, file, "--unpack", file).startswith(f"error: unpack: '{file}' cannot be read (")
@@ -89,7 +97,9 @@ def test_a_mistake_is_one_line_and_changes_nothing(rack, in_process, run_tool, t
     assert "', whose hash is another, 01234567; give" in refused(run_tool, file, "--unpack", changed)
     repack(packed, packed, lambda folder: change_about(folder, tasks=["other"]))
     line = refused(run_tool, file, "--unpack", packed)
-    assert line.startswith("error: tasks: '") and "is a finished run of other, this comparison is of tone, next" in line
+    assert line == (
+        f"error: unpack: '{packed}' holds fits of other, this comparison is of tone, next; give one of these tasks"
+    )
     assert files(rack.out / "runs") == before
     assert sorted(path.name for path in rack.out.iterdir()) == sorted([".lock", "runs", *TABLES, "report"])
 

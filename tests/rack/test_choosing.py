@@ -1,6 +1,7 @@
 """Which fits are run, and which learning rate is chosen; the fits are pretended."""
 
 import json
+import re
 from functools import partial
 
 import pytest
@@ -156,11 +157,15 @@ def test_the_plan_has_no_seeds_for_what_diverged_and_counts_what_leaves_a_task_o
         ),
         (
             {"methods": [{"method": "lora", "checkpoint": {"monitor": "val/loss"}}], "learning_rates": [0.1]},
-            "methods: lora: checkpoint.monitor: 'val/loss' does not tell which learning rate is the best; use val/mean",
+            "methods: lora: checkpoint.monitor: 'val/loss' (max) does not tell which learning rate is the best; use",
         ),
         (
             {"methods": ["lora", {"method": "trex", "trainer": {"limit_test_batches": 1}}]},
             "methods: trex takes other rows of the tasks than lora; leave tasks' own arguments and ",
+        ),
+        (
+            {"leave_one_out": {"overlay": {"trainer": {"max_stepz": 5}}}},
+            "leave_one_out: lora: Group 'trainer' does not accept option 'max_stepz'",
         ),
         (
             {"leave_one_out": {"tasks": ["mood"]}},
@@ -188,8 +193,14 @@ def test_what_a_comparison_gives_to_its_fits_cannot_be_given(rack, run_tool, giv
 
 def test_rows_on_other_bases_are_refused(rack, world):
     init = {"backbone": {"class_path": "Seq2SeqLM", "init_args": {"name": str(world.backbones["seq2seq"])}}}
-    with pytest.raises(ValueError, match="methods: trex is on .*, lora on .*; compare on one base"):
+    names = [re.escape(str(world.backbones[kind])) for kind in ("seq2seq", "causal")]
+    with pytest.raises(ValueError, match="methods: trex is on {}, lora on {}; compare on one base".format(*names)):
         prepare(rack.write(["lora", {"method": "trex", "model": {"init_args": init}}]))
+    other = {"backbone": {"init_args": {"dtype": "bfloat16"}}}
+    with pytest.raises(
+        ValueError, match="methods: trex is on .*, lora on .* with other arguments; compare on one base"
+    ):
+        prepare(rack.write(["lora", {"method": "trex", "model": {"init_args": other}}]))
 
 
 def test_the_reference_is_lora_or_else_the_first_row(rack):
@@ -200,6 +211,8 @@ def test_the_reference_is_lora_or_else_the_first_row(rack):
 def test_a_fit_without_validation_ends_it_where_a_rate_is_to_be_chosen(rack, pretend):
     pretend(lambda tag, seed, rate: (float("nan"), 0.5))
     with pytest.raises(ValueError, match=r"lora, seed 0, learning rate 0.001: there was no validation to choose a lea"):
+        finish(rack.write(["lora"], learning_rates=RATES))
+    with pytest.raises(ValueError, match="there was no validation"):  # finished as it is
         finish(rack.write(["lora"], learning_rates=RATES))
     assert finish(rack.write(["lora"])) == ["[1/1] lora, seed 0: done (0 s)"]
 

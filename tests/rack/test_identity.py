@@ -6,8 +6,10 @@ import pytest
 import yaml
 
 from moe_peft.rack.contest import prepare
+from moe_peft.rack.identity import weighed
 from moe_peft.rack.left_out import left_out
 from moe_peft.rack.rows import digest
+from moe_peft.rack.settings import merged
 from tests.rack.tiny_rack import METHODS, rack
 from tests.tiny_runs import world
 
@@ -52,6 +54,22 @@ def test_the_bytes_of_a_base_count_and_its_place_does_not(rack, world, tmp_path)
     content[-1] ^= 1
     weights.write_bytes(content)
     assert hashes(file) != before
+
+
+def test_what_is_no_path_is_a_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text in ("a" * 300 + "/b", "~nobody-of-that-name/x", "/", "./", "sst2/dev"):
+        assert weighed({"system": text}) == {"system": text}
+    (tmp_path / "mine").write_text("1")
+    before = weighed({"folder": "mine", "system": "mine"})
+    (tmp_path / "mine").write_text("2")
+    after = weighed({"folder": "mine", "system": "mine"})
+    assert before["folder"] != after["folder"] and before["system"] == after["system"] == "mine"
+
+
+def test_what_is_added_in_common_stays_with_what_a_row_adds():
+    common, own = ({"trainer": {"callbacks+": [name], "max_epochs": name}} for name in ("common", "own"))
+    assert merged(common, own) == {"trainer": {"callbacks+": ["common", "own"], "max_epochs": "own"}}
 
 
 def test_the_code_of_a_users_method_counts(rack, world, tmp_path, monkeypatch):

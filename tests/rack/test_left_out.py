@@ -8,7 +8,7 @@ import torch
 
 from moe_peft.rack.command import compare
 from moe_peft.rack.contest import prepare
-from moe_peft.rack.left_out import left_out
+from moe_peft.rack.left_out import able, left_out
 from tests.rack.tiny_rack import in_process, rack
 from tests.tiny_runs import world
 
@@ -47,6 +47,13 @@ def test_a_task_is_left_out_and_then_shown(rack, in_process, world):
     assert commands == 4 + 3 * 3
     compare(prepare(file))
     assert len(in_process.commands) == commands
+
+
+def test_experts_of_tasks_serve_no_other_task(rack, world):
+    model = {"class_path": "TTLoRAMoE", "init_args": {"rank": 2, "optimizer": rate()}}
+    own = world.write(rack.root / "tt.yaml", {"model": model})
+    contest = prepare(rack.write(["lora", str(own)], leave_one_out={"shots": 2}))
+    assert [row.tag for row in able(contest)] == ["lora"]
 
 
 def test_the_command_line_cannot_bring_the_task_back(rack, world):
