@@ -48,7 +48,7 @@ def test_the_median_leaves_out_validations_and_the_first_step_after_each_start(t
 
 
 def test_the_peak_is_the_process_own_and_not_its_parents():
-    parent = bytearray(400 * 2**20)
+    parent = b"x" * (400 * 2**20)
     script = "from moe_peft.callbacks.costs import peak_resident; print(peak_resident())"
     child = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
     assert peak_resident() - child > 0.5 * len(parent)
