@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed
@@ -38,6 +38,7 @@ from moe_peft.callbacks.guards import Guards
 from moe_peft.callbacks.preemption import Preemption
 from moe_peft.callbacks.progress import Progress
 from moe_peft.callbacks.resume import ExactResume
+from moe_peft.callbacks.run_config import RunConfig, remove_if_empty
 from moe_peft.callbacks.summary import Summary
 from moe_peft.callbacks.task_losses import TaskLosses
 from moe_peft.checkpoint import LOCATION, TRAINING, conflicts, read_checkpoint
@@ -47,6 +48,7 @@ from moe_peft.messages import one_line
 from moe_peft.methods.base import MultitaskModule
 from moe_peft.parsing import ConfigParser
 from moe_peft.resumption import checkpoint_files, read_first_whole
+from moe_peft.trainer_checks import refuse_unsupported
 
 # Imported so that their classes are known to the configuration by bare name.
 CALLBACKS = (
@@ -63,11 +65,6 @@ CALLBACKS = (
     transfer,
 )
 NAMED = (*counting.NAMED, *CALLBACKS, strategies)
-# Precisions that were tried with fsdp2.
-SHARDED = ("None", "32-true", "32", "bf16-mixed", "bf16")
-OTHER_SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
-# Precisions that cast the whole module, adapters included.
-HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 
 class Parser(ConfigParser, LightningArgumentParser):
@@ -79,35 +76,6 @@ class Parser(ConfigParser, LightningArgumentParser):
             super().error(message, ex)
         print(f"error: {one_line(message)}", file=sys.stderr)
         sys.exit(2)
-
-
-class RunConfig(SaveConfigCallback):
-    """Writes the merged configuration of a fit to <run>/config.yaml; other commands write none."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes nothing yet: a fit that fails before its first step must not leave what looks like a run."""
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Writes once, on rank zero, as soon as a batch has gone through."""
-        if self.already_saved or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        self.already_saved = True
-        if trainer.is_global_zero:
-            path = Path(trainer.default_root_dir) / "config.yaml"
-            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Takes back the empty TensorBoard files that Lightning made for a fit that never began."""
-        if self.already_saved or not trainer.is_global_zero or trainer.ckpt_path is not None:
-            return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.finalize("failed")
-                folder = Path(logger.log_dir)
-                for file in [*folder.glob(f"events.out.tfevents.*.{os.getpid()}.*"), folder / "hparams.yaml"]:
-                    file.unlink(missing_ok=True)
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
 
 
 class CLI(LightningCLI):
@@ -190,8 +158,12 @@ class CLI(LightningCLI):
             if isinstance(callback, results.Results):
                 callback.setup(self.trainer, self.model, "fit")
         self.datamodule.trainer = self.trainer
-        for stage in ("test", "fit"):
-            self.datamodule.setup(stage)
+        try:
+            for stage in ("test", "fit"):
+                self.datamodule.setup(stage)
+        except BaseException:
+            remove_if_empty(Path(self.trainer.default_root_dir))
+            raise
 
     def after_fit(self) -> None:
         """Evaluates the best checkpoint (or the last weights) on the test split."""
@@ -219,25 +191,6 @@ def with_progress(callbacks: list[Callback], wanted: bool | None) -> tuple[list[
         if isinstance(callback, Progress):
             callback.bar = wanted is not False
     return callbacks, False
-
-
-def refuse_unsupported(trainer: Any) -> None:
-    """Refuses trainer settings that would change what is trained."""
-    if trainer.precision in HALF:
-        raise ValueError(
-            f"trainer.precision: {str(trainer.precision)!r} would store the adapters in half precision too; "
-            "set the backbone's dtype instead and use 32-true or bf16-mixed"
-        )
-    strategy = trainer.strategy if isinstance(trainer.strategy, str) else trainer.strategy.get("class_path", "")
-    if strategy.startswith(("fsdp_", "deepspeed")) or strategy == "fsdp" or strategy.endswith(OTHER_SHARDING):
-        raise ValueError(
-            f"trainer.strategy: {strategy!r} does not shard these models right; use fsdp2 "
-            "(--config configs/trainer/fsdp.yaml)"
-        )
-    if (strategy == "fsdp2" or strategy.endswith("ShardedStrategy")) and str(trainer.precision) not in SHARDED:
-        raise ValueError(
-            f"trainer.precision: {str(trainer.precision)!r} is not supported by fsdp2; use 32-true or bf16-mixed"
-        )
 
 
 def refuse_existing_run(folder: Path) -> None:

@@ -26,6 +26,8 @@ from moe_peft.data.tasks import SPLITS, Split, TaskSpec
 # Imported so that their classes are known to the configuration by bare name.
 NAMED = (datasets_task, olmo_eval)
 
+TAKEN_NAMES = {"mean": "the mean of all tasks in tables", "router": "the router among a run's metrics"}
+"""What no task may be called, and why."""
 _STAGE_SPLITS: dict[str, tuple[Split, ...]] = {"fit": ("train", "validation"), "validate": ("validation",)}
 
 
@@ -116,10 +118,10 @@ class MultitaskDataModule(LightningDataModule):
         """The tasks in the order of their ids; reads names, no rows.
 
         Raises:
-            ValueError: Two tasks of one name, or a source that cannot be read.
+            ValueError: Two tasks of one name or a name that stands for something else, or a source that cannot be read.
         """
         specs = [source.spec() for source in self.sources]
-        refuse_doubles([spec.name for spec in specs], "tasks holds")
+        refuse_names([spec.name for spec in specs], "tasks holds")
         return specs
 
     @property
@@ -217,7 +219,7 @@ class MultitaskDataModule(LightningDataModule):
     def outside_rows(self) -> dict[str, list[EncodedRow]]:
         """The encoded test prompts of the tasks in `outside`, by task name."""
         names = [source.spec().name for source in self.outside]
-        refuse_doubles([*(spec.name for spec in self.specs), *names], "tasks and outside hold")
+        refuse_names([*(spec.name for spec in self.specs), *names], "tasks and outside hold")
         return {source.spec().name: encode_prompts(self.encoder, source) for source in self.outside}
 
     def prompts(self, rows: Sequence[EncodedRow]) -> list[Batch]:
@@ -276,8 +278,11 @@ class MultitaskDataModule(LightningDataModule):
         return evaluation_loader(EvalBatches(batches, self.collator), self.num_workers, self.seed)
 
 
-def refuse_doubles(names: Sequence[str], what: str) -> None:
-    """Raises one line if a name is there twice."""
+def refuse_names(names: Sequence[str], what: str) -> None:
+    """Raises one line if a name is there twice, or is one of `TAKEN_NAMES`."""
+    for name in names:
+        if name in TAKEN_NAMES:
+            raise ValueError(f"{what} a task called '{name}', which stands for {TAKEN_NAMES[name]}; rename it.")
     name, count = Counter(names).most_common(1)[0] if names else ("", 0)
     if count > 1:
         raise ValueError(f"{what} {count} tasks called '{name}'; names must be unique, rename or drop one.")

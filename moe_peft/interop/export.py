@@ -13,7 +13,7 @@ from moe_peft.interop.adapter_folder import write_adapter
 from moe_peft.interop.approximate import By, Static, calibrate, held, reads_input
 from moe_peft.interop.card import Place, write_card, write_index
 from moe_peft.interop.experts import expert_parity, export_expert
-from moe_peft.interop.folder import new_folder
+from moe_peft.interop.folder import new_folder, refuse_taken
 from moe_peft.interop.merged import export_merged
 from moe_peft.interop.origin import Origin, spread
 from moe_peft.interop.parity import Parity, adapter_parity, parity, random_rows, text_rows
@@ -109,6 +109,7 @@ def export(
     """
     origin = origin or Origin()
     _refuse(module, to, task, uniform_rank, texts, approximate, rows)
+    refuse_taken(out)
     given = text_rows(module, texts) if texts else []
     parts = _parts(module, to, task, origin, approximate, rows or CALIBRATION)
     several = (task == ALL and task not in _names(module)) or approximate == "cluster"

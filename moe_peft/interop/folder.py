@@ -17,9 +17,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
         ValueError: the path is taken.
     """
+    refuse_taken(folder)
     final = Path(folder).absolute()
-    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
-        raise ValueError(f"out: '{folder}' exists and is not an empty folder; name another one")
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
     temporary.mkdir()
@@ -31,3 +30,10 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary)
         raise
+
+
+def refuse_taken(folder: str | Path) -> None:
+    """Raises one line if a path cannot become a new folder, for work that takes its time before it writes."""
+    path = Path(folder)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"out: '{folder}' exists and is not an empty folder; name another one")

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_peft.activations import Load, know_the_prompts, longest_batch
@@ -33,7 +32,7 @@ def forward_flops(module: MultitaskModule) -> Flops | None:
     batch = longest_batch(module, LOAD)
 
     def count() -> int:
-        with shadows, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        with shadows, FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
             module.begin(batch)
             module.row_losses(batch)
         return counter.get_total_flops()

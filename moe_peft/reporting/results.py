@@ -13,8 +13,10 @@ REFERENCES = {"base": "the untouched base", "majority": "the majority class"}
 def results(run: Run, shown: Shown) -> list[Raw]:
     """The gains, the table of scores, and the same as a picture."""
     if run.results is None:
-        words = "There are no results: the run was not tested. {} tests its last checkpoint."
-        test = f"python -m moe_peft test --config {run.place}/config.yaml --ckpt_path {run.place}/checkpoints/last.ckpt"
+        name = "best" if (run.folder / "checkpoints" / "best.ckpt").is_file() else "last"
+        words = f"There are no results: the run was not tested. {{}} tests its {name} checkpoint."
+        files = f"--config {run.place}/config.yaml --ckpt_path {run.place}/checkpoints/{name}.ckpt"
+        test = f"python -m moe_peft test {files}"
         return [paragraph(sentence(words, code(test)), "absent")]
     rows = {name: run.results["rows"].get(name) for name in (*REFERENCES, "model")}
     known = {name: row if isinstance(row, dict) else {"tasks": {}} for name, row in rows.items()}

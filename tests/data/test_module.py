@@ -98,6 +98,12 @@ def test_two_tasks_of_one_name_are_refused(make_task):
         _ = MultitaskDataModule([path, path], ToyBackbone()).specs
 
 
+@pytest.mark.parametrize("name", ["mean", "router"])
+def test_a_name_that_tables_and_metrics_need_is_refused(make_task, name):
+    with pytest.raises(ValueError, match=f"^tasks holds a task called '{name}', which stands for .*; rename it"):
+        _ = MultitaskDataModule([str(make_task(name))], ToyBackbone()).specs
+
+
 @pytest.mark.parametrize(
     ("arguments", "telling"),
     [({"tasks": []}, "tasks=\\[\\]"), ({"batch_size": 0}, "batch_size=0"), ({"seed": -1}, "seed=-1")],

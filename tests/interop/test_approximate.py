@@ -222,6 +222,13 @@ def test_what_does_not_fit_together_is_refused(module, origin, tmp_path, given, 
     assert "\n" not in str(caught.value) and not any(tmp_path.iterdir())
 
 
+def test_a_place_that_is_taken_is_refused_before_the_calibration(module, origin, tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").touch()
+    monkeypatch.setattr("moe_peft.interop.export.calibrate", lambda *_: pytest.fail("it calibrated"))
+    with pytest.raises(ValueError, match=f"^out: '{tmp_path}' exists and is not an empty folder"):
+        export(module, "peft", "tone", tmp_path, origin=origin, approximate="task")
+
+
 @pytest.mark.parametrize("method", [LoRA, MoRE])
 def test_what_is_exact_is_not_approximated(tmp_path, origin, method):
     with pytest.raises(ValueError, match=f"^approximate: a {method.__name__} is exported exactly; leave it out$"):

@@ -23,11 +23,16 @@ def test_a_run_that_holds_nothing_yet_says_what_is_not_there_and_how_to_get_it(t
     assert f"python tools/report.py --rebuild '{toy.folder}' makes it." in reader.text
     assert "Not recorded: entropy and mutual information, each layer's gates, which clusters of the" in reader.text
     assert "There are no results: the run was not tested." in reader.text
+    assert "checkpoints/last.ckpt tests its last checkpoint." in reader.text
     assert "There is no metrics.csv" in reader.text
     assert "steps unknown" in reader.text
     toy.table("metrics.csv", "step,epoch,name,value", [(0, 0, "routing/entropy", 0.5)])
     text = Reader(write_report(Run(toy.folder)).read_text(encoding="utf-8")).text
     assert "There are no curves in metrics.csv yet." in text and "steps 0" in text
+    (toy.folder / "checkpoints").mkdir()
+    (toy.folder / "checkpoints" / "best.ckpt").touch()
+    text = Reader(write_report(Run(toy.folder)).read_text(encoding="utf-8")).text
+    assert "checkpoints/best.ckpt tests its best checkpoint." in text
 
 
 @pytest.mark.parametrize(
