@@ -1,4 +1,4 @@
-"""Predictions of an evaluation, the metric that belongs to each task, its standard error, and paired differences.
+"""The metric that belongs to each task, of the predictions of an evaluation, and its standard error.
 
 A metric is either a mean of row scores (accuracy, exact_match, token_f1) or a statistic of all rows together (matthews,
 f1, pearson, spearman). Point estimates of the latter come from torchmetrics; their standard errors from a seeded
@@ -25,7 +25,7 @@ from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrco
 
 from moe_peft.data.tasks import TaskSpec
 from moe_peft.predictions import Prediction, Ranking
-from moe_peft.statistics import IntArray, Statistic, bootstrap, confusion_statistic, correlation_statistic
+from moe_peft.statistics import Statistic, bootstrap, confusion_statistic, correlation_statistic
 
 T = TypeVar("T")
 
@@ -42,14 +42,6 @@ class TaskScore:
     stderr: float
     n: int
     beside: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class PairedScore:
-    """Difference of two models on the rows of one task, and its standard error over the rows."""
-
-    difference: float
-    stderr: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,60 +84,10 @@ def score_row(specs: Sequence[TaskSpec], predictions: Sequence[Prediction], rank
     Raises:
         ValueError: there are no predictions at all, or a row id occurs twice.
     """
-    groups = _by_task(specs, predictions)
+    groups = by_task(specs, predictions)
     tasks = {specs[task].name: score_task(specs[task], list(rows.values()), ranking) for task, rows in groups.items()}
     mean = sum(score.value for score in tasks.values()) / len(tasks)
     return Row(mean, math.hypot(*(score.stderr for score in tasks.values())) / len(tasks), tasks)
-
-
-def paired_difference(
-    specs: Sequence[TaskSpec], a: Sequence[Prediction], b: Sequence[Prediction], ranking: Ranking
-) -> tuple[float, float]:
-    """How much better a is than b on the same rows.
-
-    Args:
-        specs: the tasks.
-        a: predictions of one model.
-        b: predictions of the other, in any order.
-        ranking: how options are ranked.
-
-    Returns:
-        The macro mean of a minus that of b, and the standard error of this difference: from the per-row differences
-        for mean metrics, from a bootstrap that draws the same rows for both otherwise.
-
-    Raises:
-        ValueError: a and b are not about the same rows.
-    """
-    found = paired_scores(specs, [(a, b)], ranking).values()
-    return sum(own.difference for own in found) / len(found), math.hypot(*(own.stderr for own in found)) / len(found)
-
-
-def paired_scores(
-    specs: Sequence[TaskSpec], pairs: Sequence[tuple[Sequence[Prediction], Sequence[Prediction]]], ranking: Ranking
-) -> dict[str, PairedScore]:
-    """How much better one model is than another on the same rows, by task, as a mean over repetitions.
-
-    Args:
-        specs: the tasks.
-        pairs: predictions of both models, in any order, for every repetition (seed).
-        ranking: how options are ranked.
-
-    Raises:
-        ValueError: predictions that are not all about the same rows.
-    """
-    groups = [_by_task(specs, side) for pair in pairs for side in pair]
-    found = {}
-    for task in dict.fromkeys(task for group in groups for task in group):
-        sides = [group.get(task, {}) for group in groups]
-        for side in sides:
-            if odd := sorted(side.keys() ^ sides[0].keys()):
-                raise ValueError(
-                    f"a and b hold different rows of task '{specs[task].name}': {len(odd)} in one only, first "
-                    f"'{odd[0]}'; compare predictions of the same split"
-                )
-        rows = [[side[key] for key in sides[0]] for side in sides]
-        found[specs[task].name] = _paired_task(specs[task], rows[::2], rows[1::2], ranking)
-    return found
 
 
 def normalise_answer(text: str) -> str:
@@ -154,7 +96,7 @@ def normalise_answer(text: str) -> str:
     return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
 
 
-def _by_task(specs: Sequence[TaskSpec], predictions: Sequence[Prediction]) -> dict[int, dict[str, Prediction]]:
+def by_task(specs: Sequence[TaskSpec], predictions: Sequence[Prediction]) -> dict[int, dict[str, Prediction]]:
     """Rows by id under their task's index, tasks in the order of `specs`."""
     if not predictions:
         raise ValueError("predictions=[] cannot be scored; give the split at least one row")
@@ -182,8 +124,8 @@ def _token_f1(guess: str, gold: str) -> float:
 
 def _value(spec: TaskSpec, metric: str, predictions: Sequence[Prediction], ranking: Ranking) -> float:
     if metric in MEAN_METRICS:
-        return float(_row_scores(metric, predictions, ranking).mean())
-    return _point_estimate(metric, *_guess_and_gold(spec, predictions, ranking))
+        return float(row_scores(metric, predictions, ranking).mean())
+    return point_estimate(metric, *guess_and_gold(spec, predictions, ranking))
 
 
 def _standard_error(
@@ -193,13 +135,13 @@ def _standard_error(
     if metric in ("accuracy", "exact_match"):
         return math.sqrt(value * (1 - value) / n)
     if metric == "token_f1":
-        scores = _row_scores(metric, predictions, ranking)
+        scores = row_scores(metric, predictions, ranking)
         return float(bootstrap(lambda index: scores[index].mean(1), n).std(ddof=1))
-    guess, gold, classes = _guess_and_gold(spec, predictions, ranking)
-    return float(bootstrap(_statistic(metric, guess, gold, classes), n, classes * classes).std(ddof=1))
+    guess, gold, classes = guess_and_gold(spec, predictions, ranking)
+    return float(bootstrap(statistic_of(metric, guess, gold, classes), n, classes * classes).std(ddof=1))
 
 
-def _row_scores(metric: str, predictions: Sequence[Prediction], ranking: Ranking) -> np.ndarray:
+def row_scores(metric: str, predictions: Sequence[Prediction], ranking: Ranking) -> np.ndarray:
     """[N] score of each row under a mean metric."""
     match metric:
         case "accuracy":
@@ -213,7 +155,7 @@ def _row_scores(metric: str, predictions: Sequence[Prediction], ranking: Ranking
     return np.asarray(scores, dtype=np.float64)
 
 
-def _guess_and_gold(
+def guess_and_gold(
     spec: TaskSpec, predictions: Sequence[Prediction], ranking: Ranking
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """[N] answers, [N] gold, and the number of classes (1 for regression)."""
@@ -227,7 +169,8 @@ def _guess_and_gold(
     return guess, np.asarray([_gold(row, row.label) for row in predictions], dtype=np.int64), classes
 
 
-def _point_estimate(metric: str, guess: np.ndarray, gold: np.ndarray, classes: int) -> float:
+def point_estimate(metric: str, guess: np.ndarray, gold: np.ndarray, classes: int) -> float:
+    """The value of a metric that is no mean of row scores; arguments are what `guess_and_gold` gives."""
     if "f1" not in metric and (np.ptp(guess) == 0 or np.ptp(gold) == 0):
         return 0.0
     preds, target = torch.from_numpy(guess), torch.from_numpy(gold)
@@ -247,31 +190,10 @@ def _point_estimate(metric: str, guess: np.ndarray, gold: np.ndarray, classes: i
     return float(value)
 
 
-def _statistic(metric: str, guess: np.ndarray, gold: np.ndarray, classes: int) -> Statistic:
+def statistic_of(metric: str, guess: np.ndarray, gold: np.ndarray, classes: int) -> Statistic:
+    """The same for many resamples of the rows at once."""
     if metric in ("pearson", "spearman"):
         return correlation_statistic(guess, gold, by_rank=metric == "spearman")
     if metric == "f1" and classes > 2:
         metric = "macro_f1"
     return confusion_statistic(guess, gold, classes, metric)
-
-
-def _paired_task(
-    spec: TaskSpec, a: Sequence[Sequence[Prediction]], b: Sequence[Sequence[Prediction]], ranking: Ranking
-) -> PairedScore:
-    """Mean difference over repetitions and its standard error on one task; a[s][i] and b[s][i] are the same row."""
-    metric, n = spec.primary_metric, len(a[0])
-    if metric in MEAN_METRICS:
-        pairs = zip(a, b, strict=True)
-        own = [_row_scores(metric, one, ranking) - _row_scores(metric, other, ranking) for one, other in pairs]
-        differences = np.mean(own, axis=0)
-        return PairedScore(float(differences.mean()), float(differences.std()) / math.sqrt(n))
-    sides = [[_guess_and_gold(spec, one, ranking) for one in side] for side in (a, b)]
-    values = [np.mean([_point_estimate(metric, *one) for one in side]) for side in sides]
-    statistics = [[_statistic(metric, *one) for one in side] for side in sides]
-
-    def difference(index: IntArray) -> np.ndarray:
-        means = [np.mean([statistic(index) for statistic in side], axis=0) for side in statistics]
-        return means[0] - means[1]
-
-    resampled = bootstrap(difference, n, sides[0][0][2] ** 2)
-    return PairedScore(float(values[0] - values[1]), float(resampled.std(ddof=1)))

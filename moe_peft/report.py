@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_peft.data.tasks import TaskSpec
-from moe_peft.metrics import Row, paired_difference, score_row
+from moe_peft.metrics import Row, score_row
+from moe_peft.paired_metrics import paired_difference
 from moe_peft.predictions import Prediction, Ranking
 
 ROWS = ("base", "majority", "model")

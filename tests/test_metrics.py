@@ -9,7 +9,8 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from moe_peft.data.tasks import TaskSpec
-from moe_peft.metrics import normalise_answer, paired_difference, score_row, score_task
+from moe_peft.metrics import normalise_answer, score_row, score_task
+from moe_peft.paired_metrics import paired_difference
 from moe_peft.predictions import Prediction, majority_predictions
 from moe_peft.statistics import bootstrap, confusion_statistic, correlation_statistic
 

@@ -17,7 +17,7 @@ from statistics import fmean, variance
 from typing import NamedTuple
 
 from moe_peft.data.tasks import TaskSpec
-from moe_peft.metrics import PairedScore, paired_scores
+from moe_peft.paired_metrics import PairedScore, paired_scores
 from moe_peft.predictions import Prediction, Ranking
 
 Predictions = list[Prediction]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_peft.data.tasks import TaskSpec
-from moe_peft.metrics import paired_difference
+from moe_peft.paired_metrics import paired_difference
 from moe_peft.predictions import Prediction
 from moe_peft.rack.paired import paired
 
