@@ -36,7 +36,7 @@ def compare(plans, method, make, load, autocast=None, offloaded=False, **options
     for name, again in (("ddp", {}), ("ddp+checkpointing", {"offload_activations": offloaded})):
         base = make(gradient_checkpointing=bool(again), **again)
         real, module = real_step(method, base, load, autocast, **options)
-        assert bool(module._recomputed) == bool(again)
+        assert bool(module.recomputed) == bool(again)
         for part in Real._fields[:-1]:
             assert getattr(plans[name], part) == getattr(real, part), part
         assert plans[name].activations == pytest.approx(real.activations, rel=0.03)

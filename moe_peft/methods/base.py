@@ -5,26 +5,25 @@ downloads and no schedules: the backbone brings the model, the data module the t
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_peft.backbones import KINDS, Backbone, Classifier, Kind
 from moe_peft.batch import IGNORE_INDEX, Batch
 from moe_peft.context import RoutingContext
 from moe_peft.data.tasks import TaskSpec
 from moe_peft.embedders import Embedder
-from moe_peft.fingerprint import fingerprint
 from moe_peft.kernels.gated import Kernels, check_kernels
 from moe_peft.layers.adapted import AdaptedLinear
-from moe_peft.layers.allocation import Place, in_proportion, places
-from moe_peft.layers.injection import find_linears, inject, output_head
+from moe_peft.layers.allocation import Place, in_proportion
+from moe_peft.layers.injection import find_linears
 from moe_peft.layers.prior import SemanticPrior
 from moe_peft.layers.representation import Representation
 from moe_peft.methods import merging
+from moe_peft.methods.building import Building
 from moe_peft.methods.evaluation import EvaluationSteps
 from moe_peft.methods.heads import TaskHeads
 from moe_peft.methods.routing_hooks import RoutingHooks
@@ -33,11 +32,9 @@ from moe_peft.methods.scoring import answer_nll, pooled_features
 from moe_peft.methods.training import LossMean, TrainingSteps
 from moe_peft.optim import LearningRates, WarmupDecay, WeightDecays, trained_parameters
 from moe_peft.predictions import Prediction, Ranking
-from moe_peft.quirks import HeadInput, entries, input_of, offload_input, past_of, silence_dropout
-from moe_peft.sharding import is_sharded, shard
 
 
-class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving, RoutingHooks):
+class MultitaskModule(Building, TrainingSteps, EvaluationSteps, AdapterSaving, RoutingHooks):
     """Base of all methods: a frozen backbone, adapted linears, and the multitask loss.
 
     Args:
@@ -116,7 +113,7 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving, RoutingHook
         self.heads: TaskHeads | None = None
         self.prior: SemanticPrior | None = None
         self.config: dict[str, Any] | None = None
-        self._recomputed: list[nn.Module] = []
+        self.recomputed = []
         self.cut_from: dict[str, str] = {}
         """What told the base and the trainable parameters before they were cut, of which every rank had its own."""
         self.fingerprint = ""
@@ -177,78 +174,7 @@ class MultitaskModule(TrainingSteps, EvaluationSteps, AdapterSaving, RoutingHook
         """Returns numbers worth a look now and then (logged after every validation)."""
         return {}
 
-    # ---- building ---------------------------------------------------------------------------------------------------
-
-    def configure_model(self) -> None:
-        """Builds the model, and cuts it over all ranks where the strategy asks for that; idempotent."""
-        if self.model is None:
-            self.assemble()
-        if self._device_mesh is not None and not is_sharded(self):
-            if self.embedder is not None:
-                self.embedder.fingerprint()  # it can be taken of a whole base only
-            start = {
-                f"the start of {name}": str(own.double().sum().item()) for name, own in trained_parameters(self).items()
-            }
-            self.cut_from = {"the frozen base": self.fingerprint, **start}
-            shard(self, self._device_mesh["data_parallel"])
-
-    def assemble(self) -> None:
-        """Loads the backbone and injects the adapters; a method that has more to build extends it."""
-        model = self.backbone.load()
-        self.fingerprint = "" if next(model.parameters()).is_meta else fingerprint(model)
-        head_inputs = self.backbone.hidden_size if isinstance(self.backbone, Classifier) else 0
-        slots = self.slots(model)
-        self.places = places(slots)
-        self.adapted = inject(model, slots, self.adapt)
-        self.model = model
-        if head_inputs:
-            self.heads = TaskHeads(head_inputs, self.specs, device=next(model.parameters()).device)
-            self.heads.requires_grad_(self.train_heads)
-        if self.prior is not None:
-            self.prior.bind(self.backbone, model, self.context)
-        for entry in entries(model):
-            entry.register_forward_pre_hook(self._check_input, with_kwargs=True)
-        head = output_head(model)
-        if head is not None:
-            head.register_forward_pre_hook(HeadInput())
-        if self.backbone.gradient_checkpointing:
-            checkpointing = {"use_reentrant": False, "context_fn": self.context.checkpoint_fns}
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable(checkpointing)  # type: ignore[operator]
-            self._recomputed = [block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)]
-            for block in self._recomputed:
-                silence_dropout(block)
-                if self.backbone.offload_activations:
-                    offload_input(block)
-        self.train(self.training)
-
-    def built(self) -> nn.Module:
-        """Returns the adapted model, building it if need be."""
-        if self.model is None:
-            self.configure_model()
-        assert self.model is not None
-        return self.model
-
-    def _check_input(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        ids, mask, cached = input_of(args, kwargs)
-        self.context.goes_on(past_of(kwargs))
-        self.context.check_input(ids, mask, cached)
-
-    def train(self, mode: bool = True) -> Self:
-        """Sets the adapters' mode; the frozen backbone stays in eval mode (its own dropout is off)."""
-        super().train(mode)
-        self.context.forget_held()
-        if self.model is not None:
-            self.model.eval()
-            for layer in self.adapted.values():
-                layer.train(mode)
-            for block in self._recomputed:
-                block.training = mode  # HF recomputes only blocks whose own flag says training
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.context.forget_held()  # moved or cast
-        return super()._apply(fn, recurse)
+    # ---- merging ----------------------------------------------------------------------------------------------------
 
     def mergeable_task(self, task: str | int) -> int:
         """Returns the id of a task, by name or id, all rows of which are routed alike."""
