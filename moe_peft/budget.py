@@ -178,11 +178,16 @@ def method_arguments(method: str, base: str) -> list[str]:
     return ["--config", str(below), *named]
 
 
-def fit_budget(arguments: Sequence[str], parameters: int, tasks: int) -> Fitted:
+def parse_model(arguments: Sequence[str]) -> Namespace:
+    """Parses the `model` section of a command line (see `method_arguments`)."""
+    return model_parser().parse_args(list(arguments))
+
+
+def fit_budget(config: Namespace, parameters: int, tasks: int) -> Fitted:
     """Finds the size with which a method's adapters are nearest to a budget without going under.
 
     Args:
-        arguments: of the command line (see `method_arguments`).
+        config: with a parsed `model` section; left as it is.
         parameters: the budget.
         tasks: number of tasks.
 
@@ -192,7 +197,6 @@ def fit_budget(arguments: Sequence[str], parameters: int, tasks: int) -> Fitted:
     for name, value in (("parameters", parameters), ("tasks", tasks)):
         if value < 1:
             raise ValueError(f"{name}: {value} is below 1")
-    config = model_parser().parse_args(list(arguments))
     forms = Forms(config, tasks)
     smallest, found = forms.at(1), forms.nearest(parameters)
     assert smallest is not None
@@ -219,20 +223,18 @@ def overlay(arguments: Sequence[str], fitted: Fitted, more: Sequence[str] = ()) 
         fitted: what was found for them and `more`.
         more: further arguments of the command line, which the overlay takes up.
     """
-    plain, changed = (
-        model_parser().parse_args([*arguments, *extra]).model.as_dict()["init_args"] for extra in ((), more)
-    )
+    plain, changed = (parse_model([*arguments, *extra]).model.as_dict()["init_args"] for extra in ((), more))
     own = {name: value for name, value in changed.items() if value != plain.get(name)} | fitted.form.arguments
     head = f"# {fitted}.\n# Lay it over: {' '.join(arguments)}\n"
     return head + yaml.safe_dump({"model": {"class_path": fitted.method, "init_args": own}}, sort_keys=False)
 
 
-def adapter_parameters(arguments: Sequence[str], tasks: int) -> int:
-    """Counts the trainable parameters of the adapters that a command line means.
+def adapter_parameters(config: Namespace, tasks: int) -> int:
+    """Counts the trainable parameters of the adapters.
 
     Args:
-        arguments: see `method_arguments`.
+        config: with a parsed `model` section; left as it is.
         tasks: number of tasks.
     """
-    counts = count_parameters(build_on_meta(model_parser().parse_args(list(arguments)), tasks))
+    counts = count_parameters(build_on_meta(config.clone(), tasks))
     return counts["trainable"] - counts["heads"]

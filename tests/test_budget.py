@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from moe_peft.budget import adapter_parameters, config_names, fit_budget, method_arguments, scales
+from moe_peft.budget import adapter_parameters, config_names, fit_budget, method_arguments, parse_model, scales
 from tests.tiny_runs import world
 
 __all__ = ["world"]
@@ -33,15 +33,15 @@ def base(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_sized_or_says_why_not(method, base):
     arguments = method_arguments(method, base)
-    own = adapter_parameters(arguments, TASKS)
+    own = adapter_parameters(parse_model(arguments), TASKS)
     try:
-        fitted = fit_budget(arguments, own + 1, TASKS)
+        fitted = fit_budget(parse_model(arguments), own + 1, TASKS)
     except ValueError as error:
         assert "it has one size" in str(error) or "gives it as many" in str(error)
         return
-    found = adapter_parameters([*arguments, *typed(fitted)], TASKS)
+    found = adapter_parameters(parse_model([*arguments, *typed(fitted)]), TASKS)
     assert found == fitted.form.parameters > own
-    exact = fit_budget(arguments, found, TASKS)
+    exact = fit_budget(parse_model(arguments), found, TASKS)
     assert (exact.form, exact.above) == (fitted.form, 0)
 
 
@@ -53,24 +53,24 @@ def typed(fitted):
 @pytest.mark.parametrize("budget", [1_664, 1_665, 30_000, 1_000_003])
 def test_it_is_the_first_that_is_not_below(budget, base):
     arguments = method_arguments("lora", base)
-    fitted = fit_budget(arguments, budget, TASKS)
+    fitted = fit_budget(parse_model(arguments), budget, TASKS)
     rank = fitted.form.arguments["rank"]
-    assert fitted.above >= 0 and fitted.form.parameters == adapter_parameters([*arguments, *typed(fitted)], TASKS)
+    assert fitted.above >= 0
+    assert fitted.form.parameters == adapter_parameters(parse_model([*arguments, *typed(fitted)]), TASKS)
     if rank > 1:
-        assert adapter_parameters([*arguments, f"--model.rank={rank - 1}"], TASKS) < budget
+        assert adapter_parameters(parse_model([*arguments, f"--model.rank={rank - 1}"]), TASKS) < budget
 
 
 def test_a_size_by_layer_is_scaled_as_a_whole(base):
     own = ["--model.rank=[2,4,6,8]", "--model.alpha=[1,2,3,8]", "--model.experts=1", "--model.top_k=1"]
-    arguments = [*method_arguments("mola", base), *own]
-    at_home = adapter_parameters(arguments, TASKS)
-    assert fit_budget(arguments, at_home, TASKS).form.arguments == {"rank": [2, 4, 6, 8], "alpha": [1, 2, 3, 8]}
-    assert fit_budget(arguments, 2 * at_home, TASKS).form.arguments["rank"] == [4, 8, 13, 17]  # router rows do not grow
-    assert fit_budget(arguments, 1 + at_home, TASKS).form.arguments["rank"] in (
-        [2, 4, 6, 9],
-        [2, 4, 7, 8],
-        [3, 4, 6, 8],
+    mola = parse_model([*method_arguments("mola", base), *own])
+    at_home = adapter_parameters(mola, TASKS)
+    exact, double, next_one = (
+        fit_budget(mola, budget, TASKS).form.arguments for budget in (at_home, 2 * at_home, at_home + 1)
     )
+    assert exact == {"rank": [2, 4, 6, 8], "alpha": [1, 2, 3, 8]}
+    assert double["rank"] == [4, 8, 13, 17]  # router rows do not grow
+    assert next_one["rank"] in ([2, 4, 6, 9], [2, 4, 7, 8], [3, 4, 6, 8])
 
 
 @pytest.mark.parametrize(
@@ -85,19 +85,19 @@ def test_a_size_by_layer_is_scaled_as_a_whole(base):
     ],
 )
 def test_the_scale_of_the_updates_stays(method, more, expected, base):
-    fitted = fit_budget([*method_arguments(method, base), *more], 31_000, TASKS).form.arguments
+    fitted = fit_budget(parse_model([*method_arguments(method, base), *more]), 31_000, TASKS).form.arguments
     assert fitted.get("alpha") == (expected and expected * fitted["rank"])
 
 
 def test_scales_by_layer_go_with_ranks_by_layer(base):
     start = method_arguments("mola", base)
     arguments = [*start, "--model.rank=[2,4]", "--model.alpha=8"]
-    fitted = fit_budget(arguments, 20_000, TASKS).form.arguments
+    fitted = fit_budget(parse_model(arguments), 20_000, TASKS).form.arguments
     assert fitted["rank"] != [2, 4] and fitted["alpha"] == [
         8 * new / old for new, old in zip(fitted["rank"], (2, 4), strict=True)
     ]
     with pytest.raises(ValueError, match=r"alpha: \[1.0, 2.0, 3.0\] has not as many numbers as rank: \[2, 4\]"):
-        fit_budget([*start, "--model.rank=[2,4]", "--model.alpha=[1,2,3]"], 20_000, TASKS)
+        fit_budget(parse_model([*start, "--model.rank=[2,4]", "--model.alpha=[1,2,3]"]), 20_000, TASKS)
 
 
 def test_all_roundings_of_a_list_come_in_order():
@@ -110,7 +110,7 @@ def test_all_roundings_of_a_list_come_in_order():
 
 
 def test_heads_are_no_part_of_the_budget(base):
-    few, many = (fit_budget(method_arguments("lora", base), 10_000, tasks) for tasks in (1, 9))
+    few, many = (fit_budget(parse_model(method_arguments("lora", base)), 10_000, tasks) for tasks in (1, 9))
     assert few.form.parameters == many.form.parameters and many.form.heads == 9 * few.form.heads > 0
 
 
@@ -123,7 +123,7 @@ def test_the_tool_prints_what_fit_takes(base, run_tool, tmp_path):
     overlay = yaml.safe_load(file.read_text())["model"]
     assert overlay["class_path"] == "TRex" and overlay["init_args"].keys() == {"r1", "r2"}
     arguments = [*method_arguments("trex", base), "--config", str(file)]
-    found = adapter_parameters(arguments, TASKS)
+    found = adapter_parameters(parse_model(arguments), TASKS)
     assert out[0].startswith(f"# TRex: {found:,} adapter parameters, {found - 20_000:,} (")
     status, lines, errors = run_tool("count_parameters", "--tasks", TASKS, *arguments)
     counts = {line.split()[1]: line.split()[3].replace(",", "") for line in lines if line.startswith("│")}

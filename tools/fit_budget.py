@@ -22,11 +22,11 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=8, help="number of tasks (default 8)")
     given, more = parser.parse_known_args()
 
-    from moe_peft.budget import fit_budget, method_arguments, overlay
+    from moe_peft.budget import fit_budget, method_arguments, overlay, parse_model
 
     with mistakes_in_a_line(Exception):  # jsonargparse and transformers raise a dozen kinds
         arguments = method_arguments(given.method, given.base)
-        fitted = fit_budget([*arguments, *more], given.parameters, given.tasks)
+        fitted = fit_budget(parse_model([*arguments, *more]), given.parameters, given.tasks)
         print(overlay(arguments, fitted, more), end="")
 
 

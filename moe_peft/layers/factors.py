@@ -91,6 +91,8 @@ class TensorTrainFactors(Factors):
     @torch.no_grad()
     def _start(self, init: TrainInit) -> None:
         """Draws directions, then gives every core its norm: products of many cores would else vary a lot in size."""
+        if self.cores[0].is_meta:  # where every one of these operations takes as long as it does on numbers
+            return
         inputs = len(self.layout.inputs)
         spread = (3 * math.prod(self.layout.inputs)) ** (-0.5 / inputs)
         for at, core in enumerate(self.cores):

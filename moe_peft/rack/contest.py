@@ -12,7 +12,7 @@ from moe_peft.messages import one_line
 from moe_peft.rack.fits import Fit
 from moe_peft.rack.rows import MONITOR, Row, digest, in_one_word, resolve
 from moe_peft.rack.settings import Comparison, read_comparison, slug
-from moe_peft.reporting.run import Run
+from moe_peft.reporting.run import read_results
 
 RUNS = "runs"
 Say = Callable[[str], None]
@@ -128,7 +128,8 @@ def refuse_other_tasks(contest: Contest) -> None:
 
 def validation_score(fit: Fit) -> float | None:
     """The mean over tasks, on validation data, of the checkpoint that was tested; None where there is none."""
-    own = (Run(fit.folder).results or {}).get("validation") if fit.finished else None
+    results = read_results(fit.folder)[1] if fit.finished else None
+    own = (results or {}).get("validation")
     return own["value"] if own is not None and own["name"] == MONITOR and math.isfinite(own["value"]) else None
 
 

@@ -11,6 +11,7 @@ import torch
 from moe_peft.callbacks.costs import FILE as COSTS
 from moe_peft.checkpoint import read_checkpoint
 from moe_peft.counting import build_on_meta, model_parser
+from moe_peft.predictions import Ranking
 from moe_peft.rack.contest import Contest, validation_score
 from moe_peft.rack.fits import Fit
 from moe_peft.rack.flops import Flops, forward_flops
@@ -104,7 +105,7 @@ def line_of(contest: Contest, row: Row, fits: list[Fit], reference: Sequence[Fit
         fits,
         Contestant(row.tag, runs),
         [(fit, validation_score(fit)) for fit in contest.tried(row)],
-        None if row.tag == contest.comparison.reference else against(row, fits, reference),
+        None if row.tag == contest.comparison.reference else against(row, fits, reference, runs[0].results["ranking"]),
         runs[0].results["trainable_parameters"],
         stored(fits[0]),
         flops_of(runs[0], len(row.sources)),
@@ -141,13 +142,12 @@ def stored(fit: Fit) -> Stored:
     return Stored(sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors))
 
 
-def against(row: Row, fits: Sequence[Fit], reference: Sequence[Fit]) -> Paired | None:
+def against(row: Row, fits: Sequence[Fit], reference: Sequence[Fit], ranking: Ranking) -> Paired | None:
     """Compares a row with the reference, on the seeds that both have; None where they have none in common."""
     there = {fit.seed: fit for fit in reference}
     pairs = [(read_answers(fit.folder), read_answers(there[fit.seed].folder)) for fit in fits if fit.seed in there]
     if not pairs:
         return None
-    ranking = (Run(fits[0].folder).results or {})["ranking"]
     return paired([source.spec() for source in row.sources], pairs, ranking)
 
 

@@ -78,16 +78,13 @@ def resolve(comparison: Comparison, entry: Entry, budget: int | None, more: Sequ
     parsed = parse(files, overlay, more)
     sources = sources_of(parsed)
     method = class_of(parsed.model.class_path)
-    model_only = [argument for argument in more if argument.startswith("--model")]
-    with written(overlay) as laid:
-        arguments = [f"--config={file}" for file in (comparison.base, entry.file, laid)] + model_only
-        if budget is None or not entry.sized or not method.sized_by:
-            parameters = adapter_parameters(arguments, len(sources))
-        else:
-            fitted = fit_budget(arguments, budget, len(sources))
-            parameters = fitted.form.parameters
-            decided = {"model": {"init_args": fitted.form.arguments}}
-            parsed = parse(files, overlay, more, decided)
+    if budget is None or not entry.sized or not method.sized_by:
+        parameters = adapter_parameters(parsed, len(sources))
+    else:
+        form = fit_budget(parsed, budget, len(sources)).form
+        parameters, decided = form.parameters, {"model": {"init_args": form.arguments}}
+        for name, value in form.arguments.items():
+            parsed.model.init_args[name] = value
     if comparison.rates is not None:
         refuse_without_choice(parsed)
     known, base = identity(parsed, sources), str(parsed.model.init_args.backbone.init_args.name)

@@ -26,6 +26,42 @@ UNROUTED = ("LoRA", "TTLoRA")
 """Methods without a router, as far as is known before a run was tested."""
 
 
+def read_json(path: Path, kind: type) -> Any:
+    """Reads a file of a run; None where there is none.
+
+    Raises:
+        ValueError: it holds nothing of this kind.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, kind):
+        raise ValueError(f"run: '{path}' is damaged; write it again, or delete it")
+    return content
+
+
+def read_results(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
+    """Reads a fit's own results; without them those of the newest test of a checkpoint.
+
+    Returns:
+        The file and what it holds, or None and None.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    tests = sorted(folder.glob("results.test-*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in (folder / "results.json", *tests):
+        content = read_json(path, dict)
+        if content is not None:
+            if "model" not in content.get("rows", {}):
+                raise ValueError(f"run: '{path}' has no row of the model; test the run again, or delete it")
+            return path, content
+    return None, None
+
+
 class Run:
     """What a run folder holds; everything but its configuration may be absent.
 
@@ -40,7 +76,7 @@ class Run:
         self.folder = Path(folder)
         self.name = self.folder.resolve().name
         self.config_text, self.config = self._read_config()
-        self.results_file, self.results = self._read_results()
+        self.results_file, self.results = read_results(self.folder)
         routing = self.folder / "routing"
         self._histories: dict[str, list[Metric]] = {}
         for metric in read_records(self.folder / "metrics.csv", Metric):
@@ -53,7 +89,7 @@ class Run:
         self.confidence = read_records(routing / "confidence.csv", Confidence)
         self.points = read_records(routing / "embedding.csv", Point)
         self.confusion = list(each_line(routing / "confusion.csv")) or self._confusion_in_use()
-        self.findings: list[dict[str, Any]] | None = self._read_json(routing / "findings.json", list)
+        self.findings: list[dict[str, Any]] | None = read_json(routing / "findings.json", list)
 
     def _read_config(self) -> tuple[str, dict[str, Any]]:
         path = self.folder / "config.yaml"
@@ -69,28 +105,6 @@ class Run:
         if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
             raise ValueError(f"run: '{path}' is no configuration of a fit (no model section); give what `fit` wrote")
         return text, config
-
-    def _read_json(self, path: Path, kind: type) -> Any:
-        if not path.is_file():
-            return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            content = None
-        if not isinstance(content, kind):
-            raise ValueError(f"run: '{path}' is damaged; write it again, or delete it")
-        return content
-
-    def _read_results(self) -> tuple[Path | None, dict[str, Any] | None]:
-        """The fit's own results; without them those of the newest test of a checkpoint."""
-        tests = sorted(self.folder.glob("results.test-*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in (self.folder / "results.json", *tests):
-            content = self._read_json(path, dict)
-            if content is not None:
-                if "model" not in content.get("rows", {}):
-                    raise ValueError(f"run: '{path}' has no row of the model; test the run again, or delete it")
-                return path, content
-        return None, None
 
     def _ranks_in_use(self) -> list[Rank]:
         """MoRE's ranks as its routing has them, for a run without RankReport."""

@@ -2,15 +2,15 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
 
+from moe_peft.rack.archive import unpack
+from moe_peft.rack.contest import prepare
+from moe_peft.rack.tables import write_tables
 from moe_peft.reporting.run import Run
 
 ROOT = Path(__file__).parents[2]
@@ -74,15 +74,13 @@ def test_the_readme_s_differences_are_those_of_the_recorded_tables(name, title):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TITLES)
-def test_the_recorded_tables_come_out_of_the_packed_fits(name, data_root, tmp_path):
+def test_the_recorded_tables_come_out_of_the_packed_fits(name, data_root, tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "data").symlink_to(data_root)
-    tool = [sys.executable, str(ROOT / "tools" / "compare.py"), f"configs/compare/{name}.yaml", "--data.root=data"]
-    for mode in ([f"--unpack=configs/compare/{name}.tar.xz"], ["--tables"]):
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [*tool, *mode], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
-        )
-        assert done.returncode == 0, done.stderr
-    made = (tmp_path / "runs" / f"compare-{name}" / "compare.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    contest = prepare(Path(f"configs/compare/{name}.yaml"), ["--data.root=data"])
+    new, strange, finished = unpack(contest, Path(f"configs/compare/{name}.tar.xz"))
+    assert new == finished > 0 and not strange
+    page = write_tables(contest, contest.comparison.out)
+    made = page.with_suffix(".md").read_text(encoding="utf-8")
     assert made == (COMPARISONS / f"{name}.md").read_text(encoding="utf-8")
