@@ -4,14 +4,15 @@ from collections.abc import Sequence
 
 from moe_peft.rack.contest import Contest
 from moe_peft.rack.measures import ROUTER, Line, standard_error, tried
+from moe_peft.rack.pictures import by_task, differences
 from moe_peft.reporting import html
-from moe_peft.reporting.comparison import Spread, references
+from moe_peft.reporting.comparison import Contestant, Spread, references
 from moe_peft.reporting.comparison_page import ROWS
 from moe_peft.reporting.comparison_pictures import learning, routers, scores
-from moe_peft.reporting.drawing import Picture, Sheet, gutter, short
+from moe_peft.reporting.drawing import Picture
 from moe_peft.reporting.files import PICTURES
 from moe_peft.reporting.html import Raw, Section, code, paragraph, sentence
-from moe_peft.reporting.theme import INK, MUTED, SERIES
+from moe_peft.reporting.theme import SERIES
 from moe_peft.reporting.words import many, signed
 
 
@@ -22,16 +23,19 @@ def page(
 
     Args:
         contest: whose.
-        lines: the rows of the table.
+        lines: the rows of the table, the best first.
         tasks: their names.
         notes: what the numbers mean.
     """
-    found = [line.contestant for line in lines]
-    drawn = {
-        "results": [differences(lines, contest.comparison.reference), scores(found, tasks)],
-        "routing": [routers(found)],
-        "training": [learning(found, tasks)],
-    }
+    found, reference = [line.contestant for line in lines], contest.comparison.reference
+    if len(found) <= len(SERIES):
+        result, routing, curves = scores(found, tasks), routers(found), learning(found, tasks)
+    else:  # more than there are colours
+        result, routing, curves = by_task(lines, reference), None, learning(leading(lines, reference), tasks)
+        curves = curves and curves._replace(
+            caption=f"{reference} and the best {len(SERIES) - 1} others. {curves.caption}"
+        )
+    drawn = {"results": [differences(lines, reference), result], "routing": [routing], "training": [curves]}
     shown = {name: [html.figure(own, PICTURES) for own in pictures if own] for name, pictures in drawn.items()}
     budget = "" if contest.budget is None else f", budget {contest.budget:,} adapter parameters"
     runs = [run for one in found for run in one.runs]
@@ -60,18 +64,26 @@ def page(
     return html.page("Methods compared", head, sections), [own for part in drawn.values() for own in part if own]
 
 
+def leading(lines: Sequence[Line], reference: str) -> list[Contestant]:
+    """The reference and the best others, as many as there are colours."""
+    first = [line.contestant for line in lines if line.row.tag == reference]
+    others = [line.contestant for line in lines if line.row.tag != reference]
+    return [*first, *others][: len(SERIES)]
+
+
 def score_table(contest: Contest, lines: Sequence[Line], tasks: Sequence[str]) -> Raw:
     """Rows by tasks."""
     rows: list[list[object]] = []
     for name, own in references([run for line in lines for run in line.contestant.runs]).items():
-        cells = [own.get(task) for task in [*tasks, "mean"]]
-        rows.append([ROWS[name], *("n/a" if cell is None else f"{100 * cell.mean:.1f}" for cell in cells), ""])
+        cells = [own.get(task) for task in ["mean", *tasks]]
+        mean, *rest = ("n/a" if cell is None else f"{100 * cell.mean:.1f}" for cell in cells)
+        rows.append([ROWS[name], mean, "", *rest])
     for line in lines:
-        cells = [*(line.contestant.score(task) for task in tasks), line.contestant.mean()]
+        cells = [points(line.contestant.score(task)) for task in tasks]
         paired = line.paired
         against: object = "" if paired is None else with_error(signed(100 * paired.difference), paired.stderr)
-        rows.append([line.label, *map(points, cells), against])
-    return html.table("results", ["", *tasks, "mean", f"against {contest.comparison.reference}"], rows)
+        rows.append([line.label, points(line.contestant.mean()), against, *cells])
+    return html.table("results", ["", "mean", f"against {contest.comparison.reference}", *tasks], rows)
 
 
 def points(own: Spread | None) -> object:
@@ -112,34 +124,3 @@ def origin_table(lines: Sequence[Line]) -> Raw:
         config, runs = (", ".join(map(str, own)) for own in (line.row.files, [fit.folder for fit in line.fits]))
         rows.append([line.row.tag, rate, tried(line), config, ", ".join(line.commits), runs])
     return html.table("runs", ["", "rate", "validation by rate", "configuration", "commit", "runs"], rows)
-
-
-def differences(lines: Sequence[Line], reference: str) -> Picture | None:
-    """Draws the paired differences, the best on top, with two standard errors."""
-    found = sorted(
-        ((line.row.tag, line.paired) for line in lines if line.paired is not None),
-        key=lambda own: -own[1].difference,
-    )
-    if not found:
-        return None
-    names = [tag for tag, _ in found]
-    left = gutter(names)
-    sheet = Sheet(7.0, 0.2 + 0.24 * len(found) + 0.55)
-    axes = sheet.axes(left, 0.2, 6.75 - left, 0.24 * len(found))
-    axes.axvline(0, color=MUTED, linewidth=0.8)
-    for place, (_, own) in enumerate(found):
-        axes.errorbar(100 * own.difference, place, xerr=200 * own.stderr, fmt="o", markersize=4.5, color=SERIES[0])
-    axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set_yticks(range(len(found)), [short(name) for name in names], color=INK)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(f"points above {reference}")
-    axes.grid(axis="x")
-    return sheet.picture(
-        "compared_differences",
-        f"Against {reference}",
-        "Paired differences of the mean over tasks, with two standard errors over rows and seeds. A bar that crosses "
-        "the line is no difference yet; with few seeds a bar that just clears it may be chance.",
-        f"Dot plot of {len(found)} paired differences.",
-        ["tag", "difference", "stderr", "seeds"],
-        [(tag, own.difference, own.stderr, own.seeds) for tag, own in found],
-    )

@@ -76,9 +76,10 @@ def write_tables(contest: Contest, out: Path) -> Path:
     }
     write_text(out / f"{NAME}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     write_text(out / f"{NAME}.csv", as_csv(*wide_table(lines, tasks)))
-    write_text(out / f"{NAME}.md", markdown(contest, lines, tasks, diverged, missing))
+    ranked = sorted(lines, key=lambda line: -(own.mean if (own := line.contestant.mean()) else 0.0))
+    write_text(out / f"{NAME}.md", markdown(contest, ranked, tasks, diverged, missing))
     with drawing():
-        text, pictures = page(contest, lines, tasks, notes_of(contest))
+        text, pictures = page(contest, ranked, tasks, notes_of(contest))
     return write_page(out / f"{NAME}.html", text, pictures)
 
 
@@ -133,13 +134,13 @@ def markdown(
     """The content of compare.md: scores, costs, and where every row comes from."""
     runs = [run for line in lines for run in line.contestant.runs]
     against = f"against {contest.comparison.reference}"
-    scores = [["", *tasks, "mean", against]]
+    scores = [["", "mean", against, *tasks]]
     for name, row in references(runs).items():
-        cells = [f"{100 * own.mean:.1f}" if (own := row.get(task)) else "n/a" for task in [*tasks, "mean"]]
-        scores.append([name, *cells, ""])
+        mean, *cells = (f"{100 * own.mean:.1f}" if (own := row.get(task)) else "n/a" for task in ["mean", *tasks])
+        scores.append([name, mean, "", *cells])
     for line in lines:
         cells = [points(line.contestant.score(task)) for task in tasks]
-        scores.append([line.label, *cells, points(line.contestant.mean()), gain(line)])
+        scores.append([line.label, points(line.contestant.mean()), gain(line), *cells])
     costs = [["", "adapters", "trainable", "deployed", "stored bytes", "FLOPs / token", "rows / step"]]
     costs[0] += ["s / step", "memory, MiB", "router entropy", "mutual information", "dead", "collapsed"]
     for line in lines:

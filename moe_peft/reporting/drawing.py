@@ -1,7 +1,7 @@
 """Drawing: a sheet laid out in inches, once as SVG that takes the page's colours, once as PNG.
 
 Heat maps are one hue whose opacity grows with the value: they read on a light and on a dark ground, and by those who
-tell no colours apart.
+tell no colours apart. Where values may be negative, numbers in the cells tell their sign.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from moe_peft.reporting.theme import HEAT, INK, LINE, MUTED, PAPER, themed
+from moe_peft.reporting.theme import HEAT, INK, LINE, MUTED, PAPER, SERIES, themed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -155,6 +155,8 @@ def gutter(names: Sequence[str]) -> float:
 def heat(axes: "Axes", values: np.ndarray, top: float, gamma: float = 1.0, numbers: str | None = None) -> None:
     """Fills axes with a heat map: nothing at 0, the full colour at `top`, a grey cell where there is no value.
 
+    What is below 0 has a colour of its own, full at -`top`.
+
     Args:
         axes: to draw in; rows from the top.
         values: [rows, columns], nan for nothing.
@@ -164,10 +166,11 @@ def heat(axes: "Axes", values: np.ndarray, top: float, gamma: float = 1.0, numbe
     """
     from matplotlib.colors import to_rgb
 
-    opacity = np.clip(np.nan_to_num(values) / top, 0, 1) ** gamma
+    opacity = np.clip(np.abs(np.nan_to_num(values)) / top, 0, 1) ** gamma
     missing = np.isnan(values)
     image = np.empty((*values.shape, 4))
-    image[..., :3] = np.where(missing[..., None], to_rgb("#8a919a"), to_rgb(HEAT))
+    image[..., :3] = np.where(values[..., None] < 0, to_rgb(SERIES[1]), to_rgb(HEAT))
+    image[missing, :3] = to_rgb("#8a919a")
     image[..., 3] = np.where(missing, 0.18, opacity)
     axes.imshow(image, interpolation="none", aspect="auto")
     for spine in axes.spines.values():

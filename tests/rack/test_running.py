@@ -16,6 +16,7 @@ from moe_peft.rack.contest import prepare
 from moe_peft.rack.lock import locked
 from moe_peft.rack.tables import write_tables
 from moe_peft.reporting.run import Run
+from moe_peft.reporting.theme import SERIES
 from tests.rack.tiny_rack import in_process, rack
 from tests.tiny_kills import ROOT, recorded
 from tests.tiny_runs import RECORDER, files, world
@@ -51,6 +52,30 @@ def test_a_comparison_writes_its_tables_once_and_runs_nothing_again(rack, in_pro
     before = files(rack.out / "runs")
     assert compare(prepare(file), say=said.append) == page and len(said) == 6 and len(in_process.commands) == 6
     assert files(rack.out / "runs") == before
+
+
+def test_more_rows_than_colours_are_drawn_task_by_task(rack, done, monkeypatch):
+    few = done[1].read_text()
+    assert all(f'id="{name}"' in few for name in ("compared_scores", "compared_curves", "compared_routers"))
+    assert 'id="compared_tasks"' not in few
+    monkeypatch.setattr("moe_peft.rack.page.SERIES", SERIES[:1])
+    for results in rack.out.glob("runs/lora/*/results.json"):
+        content = json.loads(results.read_text())
+        content["rows"]["model"]["mean"] += 0.1
+        results.write_text(json.dumps(content))
+    file = rack.write(["trex", "lora"], budget="trex", seeds=[0, 1], learning_rates=[0.001, 0.01])
+    many = write_tables(prepare(file), rack.out).read_text()
+    assert 'id="compared_tasks"' in many and "lora and the best 0 others" in many
+    assert not any(f'id="{name}"' in many for name in ("compared_scores", "compared_routers"))
+    trex, lora = json.loads((rack.out / "compare.json").read_text())["rows"]
+    with (rack.out / "report" / "compared_tasks.csv").open(newline="") as table:
+        drawn = {line["task"]: (line["tag"], float(line["difference"])) for line in csv.DictReader(table)}
+    assert drawn == {task: ("trex", pytest.approx(own)) for task, own in trex["paired"]["tasks"].items()}
+    with (rack.out / "report" / "compared_curves.csv").open(newline="") as table:
+        assert {line["contestant"] for line in csv.DictReader(table)} == {"lora"}
+    assert lora["mean"]["mean"] > trex["mean"]["mean"]  # who is the second in the file
+    shown = [line.split()[1] for line in (rack.out / "compare.md").read_text().splitlines() if line.startswith("| ")]
+    assert [tag for tag in shown if tag in ("lora", "trex")][:2] == ["lora", "trex"]
 
 
 def check_row(row, content):
