@@ -16,7 +16,10 @@ from moe_peft.reporting.run import Run
 
 ROOT = Path(__file__).parents[2]
 COMPARISONS = ROOT / "configs" / "compare"
-TITLES = {"minilm-13": "### Recorded: thirteen tasks, one budget"}
+TITLES = {
+    "minilm-13": "### Recorded: thirteen tasks, one budget",
+    "smollm2-8": "### Recorded: eight tasks and SmolLM2, one budget",
+}
 
 
 def rows_of(text):
