@@ -76,10 +76,8 @@ def test_a_method_of_the_rack_composes_with_a_small_base(compose, method):
 @pytest.mark.parametrize("comparison", names("compare"))
 def test_a_comparison_names_what_there_is(comparison):
     own = read_comparison(CONFIGS / f"{comparison}.yaml")
-    assert (
-        own.reference in [entry.tag for entry in own.entries]
-        and len(own.rates) == {"minilm-13": 3, "smollm2-8": 2}[own.out.name.removeprefix("compare-")]
-    )
+    assert own.reference in [entry.tag for entry in own.entries]
+    assert len(own.rates) >= 3  # with two, the best is at an end of the grid
     assert own.out == Path("runs") / f"compare-{Path(comparison).name}"
 
 
