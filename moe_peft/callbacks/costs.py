@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from moe_peft.callbacks.results import write_text
+from moe_peft.writing import write_text
 
 FILE = "costs.json"
 

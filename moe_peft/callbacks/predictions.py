@@ -5,10 +5,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from moe_peft.callbacks.results import write_text
 from moe_peft.methods.base import MultitaskModule
 from moe_peft.methods.evaluation import gather
 from moe_peft.predictions import Prediction
+from moe_peft.writing import write_text
 
 
 class PredictionFile(Callback):

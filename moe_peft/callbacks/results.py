@@ -1,6 +1,5 @@
 """After every test: the table on the screen, results files in the run folder, the base's answers in a cache."""
 
-import hashlib
 import json
 import os
 import platform
@@ -17,14 +16,11 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from moe_peft import __version__
 from moe_peft.backbones import Backbone
+from moe_peft.callbacks import base_cache
 from moe_peft.data.tasks import TaskSpec
-from moe_peft.files import CACHE
 from moe_peft.predictions import Prediction, Ranking, majority_predictions
 from moe_peft.report import Facts, Report
-
-DEFAULT_CACHE = CACHE / "base"
-PROTOCOL = "summed log-likelihood of the option text, no end token; greedy generation"
-"""Part of the cache's key: change it when the way rows are scored changes."""
+from moe_peft.writing import write_text
 
 
 class TestedModule(Protocol):
@@ -70,7 +66,7 @@ class Results(Callback):
     """
 
     def __init__(self, cache_dir: str | None = None, base_row: bool = True, save_predictions: bool = False) -> None:
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else DEFAULT_CACHE
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else base_cache.FOLDER
         self.base_row = base_row
         self.save_predictions = save_predictions
         self._fitted = False
@@ -127,23 +123,11 @@ class Results(Callback):
         all_rows = isinstance(trainer.limit_test_batches, float) and trainer.limit_test_batches == 1.0  # 1 is one batch
         if not module.score_base or not all_rows or not module.fingerprint:
             return
-        self._cache_file = self.cache_dir / f"{self._cache_key(trainer, module)}.jsonl"
+        key = base_cache.key(module, cast(Any, trainer).datamodule.cache_key("test"), str(trainer.precision))
+        self._cache_file = self.cache_dir / f"{key}.jsonl"
         if trainer.is_global_zero:
-            self._cached = read_predictions(self._cache_file)
+            self._cached = base_cache.read(self._cache_file)
         module.score_base = trainer.strategy.broadcast(self._cached is None)
-
-    @staticmethod
-    def _cache_key(trainer: Trainer, module: TestedModule) -> str:
-        parts = [
-            PROTOCOL,
-            module.fingerprint,
-            cast(Any, trainer).datamodule.cache_key("test"),
-            module.backbone.kind,
-            str(module.backbone.dtype),
-            str(trainer.precision),
-            str(module.max_new_tokens),
-        ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     # ---- after the test ---------------------------------------------------------------------------------------------
 
@@ -196,11 +180,8 @@ class Results(Callback):
         """Keeps what the base answered in this test; a cache that cannot be written is no reason to fail."""
         if self._cache_file is None or not module.predictions.get("base"):
             return
-        rows = module.predictions["base"]
         try:
-            self._cache_file.parent.mkdir(parents=True, exist_ok=True)
-            header = json.dumps({"rows": len(rows)})
-            write_text(self._cache_file, "".join(line + "\n" for line in [header, *(row.to_json() for row in rows)]))
+            base_cache.write(self._cache_file, module.predictions["base"])
         except OSError as error:
             rank_zero_warn(f"the base's answers are not kept: {error}")
 
@@ -228,31 +209,3 @@ class Results(Callback):
         if not isinstance(checkpoint, ModelCheckpoint) or checkpoint.best_model_score is None:
             return None
         return {"name": checkpoint.monitor, "value": float(checkpoint.best_model_score)}
-
-
-def read_predictions(path: Path) -> list[Prediction] | None:
-    """Reads a cache file; None if there is none or it is damaged."""
-    try:
-        header, *lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        rows = [Prediction.from_json(line) for line in lines]
-        return rows if json.loads(header)["rows"] == len(rows) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or none.
-
-    Raises:
-        OSError: one line that names the file.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"cannot write {path} ({error.strerror}): free the disk or make the folder writable, then run test again "
-            "from the checkpoint"
-        ) from None

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -19,15 +19,14 @@ from moe_peft.data.encoding import EncodedRow, Encoder
 from moe_peft.data.evaluation import EvalBatches, evaluation_loader, group_for_evaluation
 from moe_peft.data.loader import MultitaskSampler, ResumableLoader, TrainRows, place_of
 from moe_peft.data.prompts import encode_prompts, sample_equally
+from moe_peft.data.rows import majority_label
 from moe_peft.data.sampling import Proportional, Sampling
 from moe_peft.data.sources import TaskFolder, TaskSource
-from moe_peft.data.tasks import SPLITS, Split, TaskSpec
+from moe_peft.data.tasks import SPLITS, Split, TaskSpec, refuse_names
 
 # Imported so that their classes are known to the configuration by bare name.
 NAMED = (datasets_task, olmo_eval)
 
-TAKEN_NAMES = {"mean": "the mean of all tasks in tables", "router": "the router among a run's metrics"}
-"""What no task may be called, and why."""
 _STAGE_SPLITS: dict[str, tuple[Split, ...]] = {"fit": ("train", "validation"), "validate": ("validation",)}
 
 
@@ -101,11 +100,9 @@ class MultitaskDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.sampling = sampling or Proportional()
         self.steps_per_epoch, self._seed, self.num_workers = steps_per_epoch, seed, num_workers
-        self.style: Literal["plain", "chat"] = style
-        self.bos: Literal["auto", "always", "never"] = bos
         self.predict_split: Split = predict_split
-        self.system, self.answer_prefix = system, answer_prefix
-        self.number_format, self.number_steps = number_format, number_steps
+        self._protocol: dict[str, Any] = {"style": style, "bos": bos, "system": system, "answer_prefix": answer_prefix}
+        self._protocol |= {"number_format": number_format, "number_steps": number_steps}
         self._encoded: dict[tuple[Split, bool], list[EncodedRow]] = {}
 
     @property
@@ -133,17 +130,7 @@ class MultitaskDataModule(LightningDataModule):
     @cached_property
     def encoder(self) -> Encoder:
         """The encoding protocol of this run."""
-        return Encoder(
-            self.backbone.tokenizer(),
-            self.backbone.kind,
-            self.max_length,
-            style=self.style,
-            bos=self.bos,
-            system=self.system,
-            answer_prefix=self.answer_prefix,
-            number_format=self.number_format,
-            number_steps=self.number_steps,
-        )
+        return Encoder(self.backbone.tokenizer(), self.backbone.kind, self.max_length, **self._protocol)
 
     @cached_property
     def collator(self) -> Collator:
@@ -235,8 +222,7 @@ class MultitaskDataModule(LightningDataModule):
         """
         for spec, source in zip(self.specs, self.sources, strict=True):
             if spec.name == task_name:
-                counts = Counter(row["label"] for row in source.rows("train")) if spec.has_options else {}
-                return min(counts, key=lambda label: (-counts[label], label)) if counts else None
+                return majority_label(source.rows("train")) if spec.has_options else None
         raise ValueError(f"task '{task_name}' is unknown; use one of {', '.join(spec.name for spec in self.specs)}.")
 
     def cache_key(self, split: Split, labelled: bool = True) -> str:
@@ -276,13 +262,3 @@ class MultitaskDataModule(LightningDataModule):
         rows, packed = self.rows(split, labelled), self.collator.pack
         batches = group_for_evaluation(rows, self.eval_batch_size, world_size, rank, packed)
         return evaluation_loader(EvalBatches(batches, self.collator), self.num_workers, self.seed)
-
-
-def refuse_names(names: Sequence[str], what: str) -> None:
-    """Raises one line if a name is there twice, or is one of `TAKEN_NAMES`."""
-    for name in names:
-        if name in TAKEN_NAMES:
-            raise ValueError(f"{what} a task called '{name}', which stands for {TAKEN_NAMES[name]}; rename it.")
-    name, count = Counter(names).most_common(1)[0] if names else ("", 0)
-    if count > 1:
-        raise ValueError(f"{what} {count} tasks called '{name}'; names must be unique, rename or drop one.")

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 from moe_peft.data.jsonl import read_rows
+from moe_peft.data.rows import check_rows, complete, without_answer, words
 from moe_peft.data.splits import few_shot, subset
-from moe_peft.data.tasks import SPLITS, Kind, Row, Split, TaskSpec, check_rows, repeated
+from moe_peft.data.tasks import SPLITS, Kind, Row, Split, TaskSpec, repeated
 
 
 class TaskSource:
@@ -97,14 +98,14 @@ class TaskSource:
         """
         if (split, labelled) not in self._rows:
             spec = self.spec()
-            rows = [_complete(row) for row in self._read_rows(split)]
+            rows = [complete(row) for row in self._read_rows(split)]
             if not labelled:
-                rows = [_without_answer(spec, row) for row in rows]
+                rows = [without_answer(spec, row) for row in rows]
             if self._drop_equal:
                 rows = [row for row in rows if repeated(row.get("choices") or ()) is None]
             check_rows(spec, rows, split, labelled)
             if self._max_words is not None:
-                rows = [row for row in rows if _words(spec, row) <= self._max_words]
+                rows = [row for row in rows if words(spec, row) <= self._max_words]
                 if not rows:
                     raise ValueError(
                         f"task '{spec.name}': max_words={self._max_words} leaves no {split} rows; raise it."
@@ -229,25 +230,3 @@ class TaskFolder(TaskSource):
                 f"task folder '{self.path}' has no {split}.jsonl or {split}.jsonl.gz; add the {split} split."
             )
         return file
-
-
-def _complete(row: Row) -> Row:
-    """Fills in the columns that a template may name and derives the target from the label."""
-    complete = {"text_pair": "", "keyword": "", **row}
-    choices, label = row.get("choices"), row.get("label")
-    if "target" not in row and isinstance(choices, list) and isinstance(label, int) and 0 <= label < len(choices):
-        complete["target"] = choices[label]
-    return complete
-
-
-def _without_answer(spec: TaskSpec, row: Row) -> Row:
-    """Fills in what a row that is only predicted may lack."""
-    if not spec.has_options:
-        return row
-    known = {"choices": list(spec.choices)} if spec.kind == "classification" and row.get("choices") is None else {}
-    return {**row, "label": row.get("label"), **known}
-
-
-def _words(spec: TaskSpec, row: Row) -> int:
-    answers = row["choices"] if spec.has_options else [row.get("target") or ""]
-    return len(spec.template.format_map(row).split()) + max(len(answer.split()) for answer in answers)

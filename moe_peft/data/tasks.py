@@ -1,10 +1,10 @@
-"""What a task is: its specification, the schema of its rows, and the checks that keep bad rows out of a run.
+"""What a task is: its name, its specification and the schema of its rows.
 
 A row is a plain dict: `id, text, text_pair, keyword, choices, label, target`; regression rows carry `value` (float)
 instead of choices and label, generation rows `target` alone.
 """
 
-import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
@@ -24,6 +24,8 @@ METRICS: dict[Kind, tuple[str, ...]] = {
     "generation": ("exact_match", "token_f1"),
 }
 """Metric names that fit a kind; `a/b` reports both and `a` is the primary one."""
+TAKEN_NAMES = {"mean": "the mean of all tasks in tables", "router": "the router among a run's metrics"}
+"""What no task may be called, and why."""
 
 
 @dataclass(frozen=True)
@@ -98,79 +100,6 @@ def template_fields(template: str) -> list[str]:
     return fields
 
 
-def check_rows(spec: TaskSpec, rows: Sequence[Row], split: str, labelled: bool = True) -> None:
-    """Refuses rows that would train or score something else than what was meant.
-
-    Args:
-        spec: The task.
-        rows: Its rows of one split.
-        split: The split's name, for the message.
-        labelled: Whether every row must have its answer; a wrong one is refused all the same.
-
-    Raises:
-        ValueError: One line naming the task, the row's id, the value and the fix.
-    """
-    if not rows:
-        raise ValueError(f"task '{spec.name}': split '{split}' has no rows; add some or leave the task out.")
-    fields = template_fields(spec.template)
-    seen: set[str] = set()
-    for row in rows:
-        where = f"task '{spec.name}', {split} row '{row.get('id')}'"
-        if not row.get("id") or row["id"] in seen:
-            raise ValueError(f"{where}: the id is missing or used twice; give every row an id of its own.")
-        seen.add(row["id"])
-        for field in fields:
-            if field not in row:
-                raise ValueError(
-                    f"{where}: the template names column '{field}', which the row lacks; "
-                    f"use one of {', '.join(sorted(row))}."
-                )
-        if not isinstance(row.get("text"), str) or not row["text"].strip():
-            raise ValueError(f"{where}: text {row.get('text')!r} is empty; fill it or drop the row.")
-        if spec.has_options:
-            _check_choices(spec, row, where)
-        if labelled or any(row.get(column) is not None for column in ANSWER_COLUMNS):
-            _check_answer(spec, row, where)
-
-
-def _check_answer(spec: TaskSpec, row: Row, where: str) -> None:
-    if spec.kind == "regression":
-        value = row.get("value")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{where}: value {value!r} is no finite number; correct it or drop the row.")
-        return
-    if spec.kind == "generation":
-        if not isinstance(row.get("target"), str) or not row["target"].strip():
-            raise ValueError(f"{where}: target {row.get('target')!r} is empty; fill it or drop the row.")
-        return
-    choices, label = row["choices"], row.get("label")
-    if label is None:
-        raise ValueError(f"{where}: the label is missing; add it, or leave out what is to be predicted only.")
-    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
-        raise ValueError(f"{where}: label {label!r} is outside its {len(choices)} choices; use 0..{len(choices) - 1}.")
-    if row.get("target", choices[label]) != choices[label]:
-        raise ValueError(
-            f"{where}: target {row['target']!r} is not choices[{label}] = {choices[label]!r}; correct one."
-        )
-
-
-def _check_choices(spec: TaskSpec, row: Row, where: str) -> None:
-    choices = row.get("choices")
-    if not isinstance(choices, list) or len(choices) < 2:
-        raise ValueError(f"{where}: choices {choices!r} are no list of two or more; correct the row.")
-    for choice in choices:
-        if not isinstance(choice, str) or not choice.strip():
-            raise ValueError(f"{where}: option {choice!r} is empty; fill it or drop the row.")
-    twice = repeated(choices)
-    if twice is not None:
-        raise ValueError(f"{where}: two options are equal ({twice!r}); correct the row or set equal_options: drop.")
-    if spec.kind == "classification" and tuple(choices) != spec.choices:
-        raise ValueError(
-            f"{where}: choices {choices} differ from the task's {list(spec.choices)}; "
-            "give all rows the same ones or set kind: multiple_choice."
-        )
-
-
 def repeated(choices: Iterable[str]) -> str | None:
     """Finds an option that occurs twice (blanks around it aside)."""
     seen: set[str] = set()
@@ -179,3 +108,13 @@ def repeated(choices: Iterable[str]) -> str | None:
             return choice.strip()
         seen.add(choice.strip())
     return None
+
+
+def refuse_names(names: Sequence[str], what: str) -> None:
+    """Raises one line if a name is there twice, or is one of `TAKEN_NAMES`."""
+    for name in names:
+        if name in TAKEN_NAMES:
+            raise ValueError(f"{what} a task called '{name}', which stands for {TAKEN_NAMES[name]}; rename it.")
+    name, count = Counter(names).most_common(1)[0] if names else ("", 0)
+    if count > 1:
+        raise ValueError(f"{what} {count} tasks called '{name}'; names must be unique, rename or drop one.")

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from moe_peft.callbacks.costs import Costs
-from moe_peft.callbacks.results import write_text
 from moe_peft.rack.commit import commit
 from moe_peft.rack.rows import Row, digest
 from moe_peft.rack.settings import merged
+from moe_peft.writing import write_text
 
 ABOUT, OVERLAY, DECIDED, LOG = "rack.json", "rack.yaml", "decided.yaml", "rack.log"
 """Beside what a fit writes into its folder: what it is, the configuration laid over its method's and that laid over the

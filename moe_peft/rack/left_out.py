@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from jsonargparse import Namespace
 
 from moe_peft.budget import class_of
-from moe_peft.callbacks.results import write_text
 from moe_peft.callbacks.transfer import TransferFrom
 from moe_peft.messages import arguments_of
 from moe_peft.methods.tt_lora_moe import TTLoRAMoE
@@ -24,6 +23,7 @@ from moe_peft.rack.rows import Row, digest, identity, parse, sources_of
 from moe_peft.rack.settings import merged, slug
 from moe_peft.reporting.files import as_csv
 from moe_peft.reporting.words import many
+from moe_peft.writing import write_text
 
 FOLDER, NAME = "left-out", "left-out"
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_peft.callbacks.results import write_text
 from moe_peft.rack.contest import Contest
 from moe_peft.rack.measures import ROUTER, Line, measure, plain, standard_error, tried
 from moe_peft.rack.page import page
@@ -12,6 +11,7 @@ from moe_peft.reporting.comparison import Spread, check_alike, references
 from moe_peft.reporting.drawing import drawing
 from moe_peft.reporting.files import as_csv, write_page
 from moe_peft.reporting.words import many
+from moe_peft.writing import write_text
 
 NAME = "compare"
 MANY = 10

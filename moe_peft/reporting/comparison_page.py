@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_peft.callbacks.results import write_text
 from moe_peft.reporting import html
 from moe_peft.reporting.comparison import Contestant, Spread, as_json, contestants, references
 from moe_peft.reporting.comparison_pictures import learning, routers, scores
@@ -13,6 +12,7 @@ from moe_peft.reporting.files import PICTURES, as_csv, write_page
 from moe_peft.reporting.html import Raw, Section, code, paragraph, sentence
 from moe_peft.reporting.run import Run
 from moe_peft.reporting.words import duration, many
+from moe_peft.writing import write_text
 
 ROWS = {"majority": "majority class", "base": "untouched base"}
 

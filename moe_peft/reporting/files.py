@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_peft.callbacks.results import write_text
 from moe_peft.reporting.drawing import Picture
+from moe_peft.writing import write_text
 
 PICTURES = "report"
 """The folder beside the page that holds its pictures as PNG and their numbers as CSV."""

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_peft.callbacks.results import write_text
 from moe_peft.routing.numbers import Asked, Finding, LayerUse, confidence_bins, overall
+from moe_peft.writing import write_text
 
 ALL = "all"
 """The layer of a line about all of them; also that of a routing which is one for all."""

@@ -12,7 +12,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from moe_peft.callbacks.results import Results, read_predictions, write_text
+from moe_peft.callbacks import base_cache
+from moe_peft.callbacks.results import Results
 from moe_peft.data.tasks import TaskSpec
 from moe_peft.predictions import Prediction
 from moe_peft.report import Facts, Report
@@ -223,8 +224,8 @@ def test_a_cache_about_other_gold_answers_is_dropped(tmp_path):
 
 def test_line_separators_in_text_survive_the_cache(tmp_path):
     row = Prediction("easy/0", 0, 0, "a\u2028b\x85c", None, (0.0,), (1,), None, None)
-    write_text(tmp_path / "rows", '{"rows": 1}\n' + row.to_json() + "\n")
-    assert read_predictions(tmp_path / "rows") == [row]
+    base_cache.write(tmp_path / "rows", [row])
+    assert base_cache.read(tmp_path / "rows") == [row]
 
 
 def test_part_of_the_rows_is_not_cached(tmp_path):

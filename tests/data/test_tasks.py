@@ -3,7 +3,8 @@ from dataclasses import asdict
 
 import pytest
 
-from moe_peft.data.tasks import TaskSpec, check_rows, template_fields
+from moe_peft.data.rows import check_rows
+from moe_peft.data.tasks import TaskSpec, template_fields
 from tests.data.toys import class_rows
 
 SPEC = TaskSpec("toy", "classification", "accuracy", "{text} :", ("negative", "positive"))
