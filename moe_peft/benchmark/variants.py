@@ -21,7 +21,8 @@ from moe_peft.layers.adapted import AdaptedLinear
 from moe_peft.layers.expert_cache import ExpertCache
 from moe_peft.layers.experts import ExpertLinear
 from moe_peft.layers.factors import DenseFactors, TensorTrainFactors
-from moe_peft.layers.rank_selector import RankSelector, nested_experts
+from moe_peft.layers.nested_experts import nested_experts
+from moe_peft.layers.rank_selector import RankSelector
 from moe_peft.layers.routers import JointRouter
 from moe_peft.layers.tensor_train import Layout, layout_of, reconstruct
 

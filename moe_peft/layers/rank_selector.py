@@ -9,7 +9,7 @@ official code, which is never reached there). Shapes: B batch, T tasks, N expert
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from moe_peft.layers.adapted import AdaptedLinear
 
 Selector = Literal["full", "winner", "fixed", "random"]
-Scaling = Literal["rank_over_r", "paper", "none", "code"]
 
 
 class TaskEmbedding(nn.Module):
@@ -61,24 +60,6 @@ class Chosen(torch.autograd.Function):
         """Returns the gradient of p."""
         (chosen,) = ctx.saved_tensors
         return gradient if chosen is None else gradient * chosen, None
-
-
-def nested_experts(ranks: Sequence[int], rank: int, tasks: int, scaling: Scaling) -> Tensor:
-    """Returns M [N, R]: what expert k gives component j, its scaling included.
-
-    Args:
-        ranks: ρ_k, the experts' ranks, increasing.
-        rank: R.
-        tasks: T.
-        scaling: "rank_over_r" c_k = ρ_k / R; "paper" c_k = ρ_k / T; "none" 1; "code" (j / R)² per component, which is
-            the net effect of the official code's last commit.
-    """
-    size, component = torch.tensor(ranks, dtype=torch.float32), torch.arange(1, rank + 1, dtype=torch.float32)
-    within = (component <= size.unsqueeze(1)).float()
-    if scaling == "code":
-        return within * (component / rank) ** 2
-    scale = {"rank_over_r": size / rank, "paper": size / tasks, "none": torch.ones_like(size)}[scaling]
-    return within * scale.unsqueeze(1)
 
 
 class RankSelector(Router):

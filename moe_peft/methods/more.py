@@ -17,14 +17,8 @@ from torch import Tensor, nn
 from moe_peft.batch import Batch
 from moe_peft.layers.adapted import AdaptedLinear
 from moe_peft.layers.factors import DenseFactors
-from moe_peft.layers.rank_selector import (
-    RankSelector,
-    Scaling,
-    Selector,
-    TaskEmbedding,
-    nested_experts,
-    rank_selectors,
-)
+from moe_peft.layers.nested_experts import Scaling, expert_ranks, fixed_start, nested_experts
+from moe_peft.layers.rank_selector import RankSelector, Selector, TaskEmbedding, rank_selectors
 from moe_peft.methods.base import MultitaskModule
 from moe_peft.methods.evaluation import routed_shares
 from moe_peft.methods.task_ids import check_task_ids
@@ -228,39 +222,3 @@ class MoRE(MultitaskModule):
             "ranks/distinct": sum(len(set(row)) for row in now.tolist()) / len(now),
             "ranks/entropy": entropy,
         }
-
-
-def expert_ranks(rank: int, experts: int | list[int] | None) -> list[int]:
-    """Returns ρ_1 < … < ρ_N = r.
-
-    Raises:
-        ValueError: more experts than ranks, or a list that is not increasing or does not end in r.
-    """
-    if rank < 1:
-        raise ValueError(f"rank: {rank} is below 1")
-    if experts is None:
-        return list(range(1, rank + 1))
-    if isinstance(experts, int):
-        if not 1 <= experts <= rank:
-            raise ValueError(
-                f"experts: {experts} nested experts do not fit rank {rank}; use 1 to {rank}, or raise rank"
-            )
-        return [-(-(k + 1) * rank // experts) for k in range(experts)]
-    if sorted(set(experts)) != experts or not experts or experts[0] < 1 or experts[-1] != rank:
-        raise ValueError(f"experts: {experts} must increase from 1 or more to rank, {rank}; correct the list")
-    return experts
-
-
-def fixed_start(ranks: list[int], fixed: int | list[int] | None, tasks: int) -> Tensor:
-    """Returns the expert of every task [T] for given ranks.
-
-    Raises:
-        ValueError: a rank that no expert has, or not one per task.
-    """
-    given = [ranks[-1] if fixed is None else fixed] * tasks if not isinstance(fixed, list) else fixed
-    if len(given) != tasks:
-        raise ValueError(f"fixed_rank: {fixed} names {len(given)} ranks for {tasks} tasks; give one, or one per task")
-    for rank in given:
-        if rank not in ranks:
-            raise ValueError(f"fixed_rank: {rank} is no expert's rank; use one of {', '.join(map(str, ranks))}")
-    return torch.tensor([ranks.index(rank) for rank in given])

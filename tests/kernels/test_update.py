@@ -8,7 +8,8 @@ from moe_peft.kernels.dispatch import expand, shrink
 from moe_peft.kernels.reference import apply_core, low_rank_update
 from moe_peft.layers.adapted import AdaptedLinear
 from moe_peft.layers.factors import DenseFactors
-from moe_peft.layers.rank_selector import RankSelector, nested_experts
+from moe_peft.layers.nested_experts import nested_experts
+from moe_peft.layers.rank_selector import RankSelector
 from moe_peft.layers.routers import JointRouter
 
 BATCH, SEQUENCE, INPUTS, OUTPUTS, R, Q = 2, 5, 7, 6, 3, 4

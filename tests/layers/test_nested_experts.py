@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_peft.layers.rank_selector import nested_experts
+from moe_peft.layers.nested_experts import nested_experts
 from tests.layers.tiny_selector import (
     COMPONENTS,
     CONSTANTS,

@@ -9,7 +9,8 @@ from torch import nn
 from moe_peft.context import RoutingContext
 from moe_peft.layers.adapted import AdaptedLinear
 from moe_peft.layers.factors import DenseFactors
-from moe_peft.layers.rank_selector import RankSelector, TaskEmbedding, nested_experts
+from moe_peft.layers.nested_experts import nested_experts
+from moe_peft.layers.rank_selector import RankSelector, TaskEmbedding
 from tests.layers.tiny_selector import ALL, SCALINGS, R, T, agree, begin, expert_output, force, inputs, layer
 
 # ---- selectors that learn nothing, and the start ---------------------------------------------------------------------

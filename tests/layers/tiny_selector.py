@@ -9,7 +9,8 @@ from torch import nn
 from moe_peft.context import RoutingContext
 from moe_peft.layers.adapted import AdaptedLinear
 from moe_peft.layers.factors import DenseFactors
-from moe_peft.layers.rank_selector import RankSelector, nested_experts
+from moe_peft.layers.nested_experts import nested_experts
+from moe_peft.layers.rank_selector import RankSelector
 
 D, OUT, R, T, SCALE = 7, 6, 4, 3, 1.7
 SCALINGS = ["rank_over_r", "paper", "none", "code"]

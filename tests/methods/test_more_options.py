@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moe_peft.counting import count_parameters
-from moe_peft.methods.more import MoRE, expert_ranks
+from moe_peft.layers.nested_experts import expert_ranks
+from moe_peft.methods.more import MoRE
 from tests.methods.tiny_more import KINDS, R, batch_for, more, tasks_of
 from tests.tiny import bare_logits, build, come_alive, output, random_batch, randomise
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_peft.kernels.eager import Plan
 from moe_peft.kernels.gpu.dropout import kept
-from moe_peft.kernels.gpu.gates import Pairs, core, grid_of, pairs, softmax, weights
+from moe_peft.kernels.gpu.gates import Pairs, core, gate, grid_of, pairs, softmax, weights
 from moe_peft.kernels.gpu.launch import (
     PROGRAMS,
     TILE,
@@ -127,51 +127,6 @@ def shrink(
         else:
             part = split * tl.num_programs(2).to(tl.int64) * tokens + first
             tl.store(z + part * WIDTH + row[:, None] * WIDTH + pair[None, :], h, there)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def gate(
-    parts,
-    alpha,
-    beta,
-    z,
-    o,
-    count,
-    splits,
-    every,
-    SCORES: tl.constexpr,
-    R: tl.constexpr,
-    E: tl.constexpr,
-    Q: tl.constexpr,
-    NI: tl.constexpr,
-    NJ: tl.constexpr,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    MATRIX: tl.constexpr,
-    BM: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Adds up the parts of z [splits, count, R + E], into z where that is not None, and applies the gate."""
-    WIDTH: tl.constexpr = R + E if SCORES else R
-    rank, expert, output, valid, of_rank, of_expert, of_output = grid_of(tl.arange(0, BI * BJ), NI, NJ, BJ, MATRIX)
-    token = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    there = (token < count)[:, None] & valid[None, :]
-    at = token[:, None] * WIDTH
-    h = tl.zeros([BM, BI * BJ], ACC)
-    scores = tl.zeros([BM, BI * BJ], ACC)
-    for _ in range(splits):
-        h += tl.load(parts + at + rank[None, :], there, other=0.0)
-        if SCORES:
-            scores += tl.load(parts + at + R + expert[None, :], there, other=0.0)
-        parts += tl.cast(count, tl.int64) * WIDTH
-    if z is not None:
-        tl.store(z + at + rank[None, :], h, there & of_rank[None, :])
-        if SCORES:
-            tl.store(z + at + R + expert[None, :], scores, there & of_expert[None, :])
-    if E > 0:
-        p = softmax(scores, valid[None, :], of_expert[None, :]) if SCORES else scores
-        h = core(h, weights(p, alpha, beta, token, every, expert, there, E, ACC), MATRIX, BM, BI, BJ)
-    tl.store(o + token[:, None] * Q + output[None, :], h, there & of_output[None, :])
 
 
 def _splits(programs: int, steps: int) -> int:

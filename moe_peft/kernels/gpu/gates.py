@@ -17,6 +17,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from moe_peft.kernels.gpu.launch import VARYING
 from moe_peft.kernels.reference import Form
 
 MOST_PAIRS = 4096
@@ -180,3 +181,48 @@ def core_backward(h, g, do, MATRIX: tl.constexpr, ROWS: tl.constexpr, BI: tl.con
     else:
         dg = total(dg, False, ROWS, BI, BJ)
     return dh, dg
+
+
+@triton.jit(do_not_specialize=VARYING)
+def gate(
+    parts,
+    alpha,
+    beta,
+    z,
+    o,
+    count,
+    splits,
+    every,
+    SCORES: tl.constexpr,
+    R: tl.constexpr,
+    E: tl.constexpr,
+    Q: tl.constexpr,
+    NI: tl.constexpr,
+    NJ: tl.constexpr,
+    BI: tl.constexpr,
+    BJ: tl.constexpr,
+    MATRIX: tl.constexpr,
+    BM: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Adds up the parts of z [splits, count, R + E], into z where that is not None, and applies the gate."""
+    WIDTH: tl.constexpr = R + E if SCORES else R
+    rank, expert, output, valid, of_rank, of_expert, of_output = grid_of(tl.arange(0, BI * BJ), NI, NJ, BJ, MATRIX)
+    token = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    there = (token < count)[:, None] & valid[None, :]
+    at = token[:, None] * WIDTH
+    h = tl.zeros([BM, BI * BJ], ACC)
+    scores = tl.zeros([BM, BI * BJ], ACC)
+    for _ in range(splits):
+        h += tl.load(parts + at + rank[None, :], there, other=0.0)
+        if SCORES:
+            scores += tl.load(parts + at + R + expert[None, :], there, other=0.0)
+        parts += tl.cast(count, tl.int64) * WIDTH
+    if z is not None:
+        tl.store(z + at + rank[None, :], h, there & of_rank[None, :])
+        if SCORES:
+            tl.store(z + at + R + expert[None, :], scores, there & of_expert[None, :])
+    if E > 0:
+        p = softmax(scores, valid[None, :], of_expert[None, :]) if SCORES else scores
+        h = core(h, weights(p, alpha, beta, token, every, expert, there, E, ACC), MATRIX, BM, BI, BJ)
+    tl.store(o + token[:, None] * Q + output[None, :], h, there & of_output[None, :])
