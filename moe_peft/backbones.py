@@ -14,14 +14,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from moe_peft.files import dequantised, resolve_name
+from moe_peft.quirks import obeys_block_mask
 
 Kind = Literal["causal", "seq2seq", "classifier"]
 KINDS: tuple[Kind, ...] = ("causal", "seq2seq", "classifier")
-PACKABLE = {
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2"),
-    *("smollm3", "granite", "stablelm", "gpt_neox", "opt"),
-}
-"""Model types whose attention obeys a 4-D mask as given; each is tested (see `Backbone.packs_options`)."""
 
 
 def auto_dtype() -> torch.dtype:
@@ -160,14 +156,8 @@ class Backbone:
                 )
 
     def packs_options(self, max_length: int) -> bool:
-        """Whether a row's options may be scored side by side behind one prompt, under a 4-D attention mask.
-
-        Only models known to obey such a mask and explicit positions do; a sliding window that sequences of
-        `max_length` could outgrow is left out of that mask by transformers, so such models score options one by one.
-        """
-        config = self.config()
-        window = getattr(config, "sliding_window", None)
-        return self.kind == "causal" and config.model_type in PACKABLE and (window is None or window > max_length)
+        """Whether a row's options may be scored side by side, behind one prompt in sequences up to `max_length`."""
+        return self.kind == "causal" and obeys_block_mask(self.config(), max_length)
 
     def _read(self, auto: Any, source: str, **kwargs: Any) -> Any:
         """Calls `auto.from_pretrained`, turning a missing hub or folder into one line."""

@@ -177,3 +177,10 @@ def conflicts(there: Any, here: Any, free: Iterable[str] = (), prefix: str = "")
             found += conflicts(there.get(key), here.get(key), free, f"{prefix}.{key}" if prefix else str(key))
         return found
     return [f"{prefix} is {here!r} here and {there!r} in the checkpoint"]
+
+
+def plain_model_config(config: Any) -> dict[str, Any]:
+    """Returns the model section as plain types (what a checkpoint stores and compares)."""
+    model = config["model"].as_dict() if hasattr(config["model"], "as_dict") else dict(config["model"])
+    model.get("init_args", {}).pop("tasks", None)
+    return model

@@ -1,16 +1,13 @@
 """The LightningCLI: class paths for methods, data and callbacks, one run folder, and errors of one line."""
 
-import logging
 import os
 import signal
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -36,12 +33,13 @@ from moe_peft.callbacks import (
 )
 from moe_peft.callbacks.guards import Guards
 from moe_peft.callbacks.preemption import Preemption
-from moe_peft.callbacks.progress import Progress
+from moe_peft.callbacks.progress import with_progress
 from moe_peft.callbacks.resume import ExactResume
 from moe_peft.callbacks.run_config import RunConfig, remove_if_empty
 from moe_peft.callbacks.summary import Summary
 from moe_peft.callbacks.task_losses import TaskLosses
-from moe_peft.checkpoint import LOCATION, TRAINING, conflicts, read_checkpoint
+from moe_peft.checkpoint import LOCATION, TRAINING, conflicts, plain_model_config, read_checkpoint
+from moe_peft.command_line import quiet
 from moe_peft.data import module as data_module
 from moe_peft.loggers import MetricsCSV
 from moe_peft.messages import one_line
@@ -173,26 +171,6 @@ class CLI(LightningCLI):
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False)
 
 
-def with_progress(callbacks: list[Callback], wanted: bool | None) -> tuple[list[Callback], bool]:
-    """Adds our progress to a configuration's callbacks that have neither it nor a bar of Lightning's kind.
-
-    Args:
-        callbacks: those of the configuration.
-        wanted: `trainer.enable_progress_bar`; not if false. Whether there is a terminal is found out where it runs.
-
-    Returns:
-        The callbacks, and whether the trainer is to have a bar of Lightning's kind.
-    """
-    if any(isinstance(callback, ProgressBar) for callback in callbacks):
-        return callbacks, wanted is not False
-    if not any(isinstance(callback, Progress) for callback in callbacks):
-        callbacks = [*callbacks, Progress()]
-    for callback in callbacks:
-        if isinstance(callback, Progress):
-            callback.bar = wanted is not False
-    return callbacks, False
-
-
 def refuse_existing_run(folder: Path) -> None:
     """Refuses a folder that holds a run."""
     if (folder / "config.yaml").exists():
@@ -200,32 +178,6 @@ def refuse_existing_run(folder: Path) -> None:
             f"trainer.default_root_dir: '{folder}' already holds a run; name another folder, "
             "or resume it with --ckpt_path last"
         )
-
-
-def plain_model_config(config: Any) -> dict[str, Any]:
-    """Returns the model section as plain types (what a checkpoint stores and compares)."""
-    model = config["model"].as_dict() if hasattr(config["model"], "as_dict") else dict(config["model"])
-    model.get("init_args", {}).pop("tasks", None)
-    return model
-
-
-def quiet() -> None:
-    """Silences messages that no user of this package can act on."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*It is recommended to use `self.log.*sync_dist=True.*")  # alike already
-    warnings.filterwarnings("ignore", message=".*module.* in eval mode at the start of training.*")
-    warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
-    warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")  # before the first validation
-    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
 
 
 def run(arguments: list[str]) -> CLI:

@@ -1,4 +1,4 @@
-"""What frozen Hugging Face models need to be told before they are trained through."""
+"""What frozen Hugging Face models need to be told before they are trained through, and what they cannot do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+
+BLOCK_MASKED = {
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2"),
+    *("smollm3", "granite", "stablelm", "gpt_neox", "opt"),
+}
+"""Model types whose attention obeys a 4-D mask and explicit positions as given; each is tested."""
+
+
+def obeys_block_mask(config: Any, max_length: int) -> bool:
+    """Whether a model obeys a 4-D mask over sequences of at most `max_length` tokens.
+
+    A sliding window that they could outgrow is left out of that mask by transformers.
+    """
+    window = getattr(config, "sliding_window", None)
+    return config.model_type in BLOCK_MASKED and (window is None or window > max_length)
 
 
 def entries(model: nn.Module) -> list[nn.Module]:

@@ -13,7 +13,7 @@ prompts; how the old tasks' validation rows were routed before and are now is pr
 import argparse
 from pathlib import Path
 
-from moe_peft.command_line import mistakes_in_a_line, options
+from moe_peft.command_line import mistakes_in_a_line, options, quiet
 
 
 def arguments() -> argparse.Namespace:
@@ -32,7 +32,6 @@ def main() -> None:
     """Adds the expert and prints what became of the routing; a user's mistake ends in one line and status 2."""
     given = arguments()
 
-    from moe_peft.cli import quiet
     from moe_peft.interop.growth import add_expert
 
     quiet()

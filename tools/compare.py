@@ -14,7 +14,7 @@ comparison gets compare.html, .md, .csv and .json, and all runs. Further argumen
 from argparse import Namespace
 from pathlib import Path
 
-from moe_peft.command_line import mistakes_in_a_line, options
+from moe_peft.command_line import mistakes_in_a_line, options, quiet
 
 
 def main() -> None:
@@ -27,8 +27,6 @@ def main() -> None:
     mode.add_argument("--pack", metavar="FILE.tar.xz", type=Path, help="only write the finished fits into a file")
     mode.add_argument("--unpack", metavar="FILE.tar.xz", type=Path, help="only take finished fits out of a file")
     given, more = parser.parse_known_args()
-
-    from moe_peft.cli import quiet
 
     quiet()
     with mistakes_in_a_line(Exception):  # jsonargparse and transformers raise a dozen kinds

@@ -21,7 +21,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from moe_peft.command_line import mistakes_in_a_line, options
+from moe_peft.command_line import mistakes_in_a_line, options, quiet
 
 
 def arguments() -> argparse.Namespace:
@@ -47,7 +47,6 @@ def main() -> None:
     """Exports and prints the parity; a difference too large ends in status 1, a user's mistake in status 2."""
     given = arguments()
 
-    from moe_peft.cli import quiet
     from moe_peft.interop.export import export, unfaithful
     from moe_peft.interop.hub import check_repo_id, push
     from moe_peft.interop.origin import origin_of

@@ -12,7 +12,7 @@ method and configuration, with the mean and the spread over seeds; they must be 
 import argparse
 from pathlib import Path
 
-from moe_peft.command_line import mistakes_in_a_line, options
+from moe_peft.command_line import mistakes_in_a_line, options, quiet
 
 
 def arguments() -> argparse.Namespace:
@@ -30,7 +30,6 @@ def main() -> None:
     """Writes the page and prints where it lies; a user's mistake ends in one line and status 2."""
     given = arguments()
 
-    from moe_peft.cli import quiet
     from moe_peft.reporting.command import report
 
     quiet()

@@ -14,6 +14,7 @@ from functools import reduce
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 
 from moe_peft.callbacks.bar import Bar
 from moe_peft.callbacks.pace import Pace, Schedule, time_limit
@@ -217,3 +218,23 @@ class RunningFit:
             left=left,
             elapsed=self.pace.elapsed,
         )
+
+
+def with_progress(callbacks: list[Callback], wanted: bool | None) -> tuple[list[Callback], bool]:
+    """Adds our progress to a configuration's callbacks that have neither it nor a bar of Lightning's kind.
+
+    Args:
+        callbacks: those of the configuration.
+        wanted: `trainer.enable_progress_bar`; not if false. Whether there is a terminal is found out where it runs.
+
+    Returns:
+        The callbacks, and whether the trainer is to have a bar of Lightning's kind.
+    """
+    if any(isinstance(callback, ProgressBar) for callback in callbacks):
+        return callbacks, wanted is not False
+    if not any(isinstance(callback, Progress) for callback in callbacks):
+        callbacks = [*callbacks, Progress()]
+    for callback in callbacks:
+        if isinstance(callback, Progress):
+            callback.bar = wanted is not False
+    return callbacks, False

@@ -12,8 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from moe_peft.backbones import Backbone
-from moe_peft.cli import quiet
-from moe_peft.command_line import mistakes_in_a_line
+from moe_peft.command_line import mistakes_in_a_line, quiet
 from moe_peft.data.module import MultitaskDataModule
 from moe_peft.data.preview import load_data_module
 

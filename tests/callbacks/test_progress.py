@@ -12,9 +12,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from moe_peft.callbacks import progress
-from moe_peft.callbacks.progress import Progress
+from moe_peft.callbacks.progress import Progress, with_progress
 from moe_peft.callbacks.readings import Lines
-from moe_peft.cli import run, with_progress
+from moe_peft.cli import run
 from tests.tiny_progress import Observer, observed, task_means
 from tests.tiny_runs import metrics, world  # noqa: F401  (a fixture)
 from tests.tiny_terminal import terminal

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from moe_peft.backbones import PACKABLE, CausalLM
+from moe_peft.backbones import CausalLM
 from moe_peft.batch import Batch
 from moe_peft.data.collate import Collator
 from moe_peft.data.encoding import EncodedRow
@@ -12,6 +12,7 @@ from moe_peft.methods.evaluation import predict_rows
 from moe_peft.methods.lora import LoRA
 from moe_peft.methods.scoring import answer_nll
 from moe_peft.methods.trex import TRex
+from moe_peft.quirks import BLOCK_MASKED
 from tests.tiny import LLAMA, build, fit_prior, random_batch, randomise
 
 
@@ -86,7 +87,7 @@ def packing_error(model_type: str, **shape) -> float:
     return max(abs(flat - score) for flat, score in pairs)
 
 
-@pytest.mark.parametrize("model_type", sorted(PACKABLE))
+@pytest.mark.parametrize("model_type", sorted(BLOCK_MASKED))
 def test_every_packable_model_type_scores_packed_options_as_their_own_sequences(model_type):
     assert packing_error(model_type) < 1e-5
 
