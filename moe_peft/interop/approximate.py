@@ -7,6 +7,7 @@ told. Shapes: N tokens, R ranks of A, Q ranks of B.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -25,6 +26,7 @@ from moe_peft.layers.routers import Router
 from moe_peft.methods.base import MultitaskModule
 from moe_peft.methods.merging import task_number
 
+logger = logging.getLogger(__name__)
 By = Literal["task", "cluster"]
 BATCH = 8
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -164,10 +166,11 @@ def calibrate(module: MultitaskModule, origin: Origin, by: By, tasks: Sequence[s
     else:
         training, validation = (_by_cluster(module, origin, origin.rows(split, None, rows)) for split in SPLITS)
         groups = {f"cluster-{k}": (0, own, validation.get(k, [])) for k, own in sorted(training.items())}
-    return [
-        Static(name, task, mean_cores(module, origin, own), own, held_out)
-        for name, (task, own, held_out) in groups.items()
-    ]
+    found = []
+    for name, (task, own, held_out) in groups.items():
+        logger.info("taking the mean of the routing of %s over %d training rows", name, len(own))
+        found.append(Static(name, task, mean_cores(module, origin, own), own, held_out))
+    return found
 
 
 def _by_cluster(module: MultitaskModule, origin: Origin, rows: list[EncodedRow]) -> dict[int, list[EncodedRow]]:

@@ -1,6 +1,7 @@
 """One task's export, or every task's, with the proof of what was written (the logic of `tools/export.py`)."""
 
 import contextlib
+import logging
 import re
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,7 @@ from moe_peft.interop.rating import rate
 from moe_peft.methods.base import MultitaskModule
 from moe_peft.methods.merging import task_number
 
+logger = logging.getLogger(__name__)
 ALL = "all"
 """The word for every task, unless a task is called so."""
 To = Literal["peft", "merged", "expert", "adapter"]
@@ -119,6 +121,8 @@ def export(
     done = []
     with new_folder(out) as new:
         for part in parts:
+            if several:
+                logger.info("writing and checking %s", part.name)
             target, place = new / subs[part.name], Place(repo_id, subs[part.name]) if repo_id else Place()
             with held(module, part.static.cores) if part.static else contextlib.nullcontext():
                 _write(module, to, target, part, uniform_rank)

@@ -1,5 +1,6 @@
 """The routing of a run, recorded from its checkpoint: what the run itself did not record, or not of so many rows."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from moe_peft.data.preview import load_data_module
 from moe_peft.data.tasks import Split
 from moe_peft.routing.recording import Place, record
 from moe_peft.runs import find_checkpoint, load_module
+
+logger = logging.getLogger(__name__)
 
 
 def record_run(
@@ -41,6 +44,7 @@ def record_run(
         return
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     for split in splits:
+        logger.info("recording the routing of %s on at most %d %s rows of every task", run, rows_per_task, split)
         found = record(module, data, split, rows_per_task, Place(), mapped=split == splits[-1])
         found.write(Path(run) / "routing", step_of(path), split)
 
