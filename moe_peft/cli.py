@@ -63,6 +63,15 @@ CALLBACKS = (
     transfer,
 )
 NAMED = (*counting.NAMED, *CALLBACKS, strategies)
+TRAINER_DEFAULTS = {
+    "use_distributed_sampler": False,
+    "default_root_dir": "runs/default",
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
+"""Where they differ from Lightning's own."""
 
 
 class Parser(ConfigParser, LightningArgumentParser):
@@ -197,12 +206,7 @@ def run(arguments: list[str]) -> CLI:
             seed_everything_default=0,
             trainer_defaults={
                 "callbacks": [Guards(), ExactResume(), TaskLosses(), Preemption(), Summary()],
-                "use_distributed_sampler": False,
-                "default_root_dir": "runs/default",
-                "gradient_clip_val": 1.0,
-                "log_every_n_steps": 10,
-                "num_sanity_val_steps": 0,
-                "enable_model_summary": False,
+                **TRAINER_DEFAULTS,
             },
             args=arguments,
         )

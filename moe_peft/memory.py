@@ -58,12 +58,16 @@ class Plan(NamedTuple):
 
 
 def run_parser() -> ConfigParser:
-    """Returns a parser of a run's model, data, trainer and checkpoint sections; it needs none that it can run with."""
+    """Returns a parser of a run's model, data, trainer and checkpoint sections, with the defaults of `fit`.
+
+    It needs none that it can run with.
+    """
     parsed = ("data", "trainer", "checkpoint")
     parser = model_parser(ignored=[section for section in SECTIONS if section not in parsed])
     parser.add_subclass_arguments(data_module.MultitaskDataModule, "data", skip={"backbone"}, required=False)
     parser.add_class_arguments(Trainer, "trainer")
     parser.add_class_arguments(AdapterCheckpoint, "checkpoint")
+    parser.set_defaults({f"trainer.{name}": value for name, value in cli.TRAINER_DEFAULTS.items()})
     return parser
 
 

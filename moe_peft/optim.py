@@ -16,6 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from moe_peft.layers.routers import Router
 
 GROUPS = ("adapters", "routers", "gates", "heads")
+LOWER_THE_RATE = "lower the learning rate"
+"""In every error of a run that diverged, which is how a comparison of learning rates knows it from other failures."""
 
 
 class PerGroup:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, Self
 
 from moe_peft.data.tasks import TaskSpec
+from moe_peft.optim import LOWER_THE_RATE
 
 NOBODY = "none"
 """Instead of a task, where no expert was good enough for a row."""
@@ -51,7 +52,7 @@ class Prediction:
         if not self.scores or any(math.isnan(score) for score in self.scores):
             raise ValueError(
                 f"row '{self.row_id}': scores={self.scores} have no best option; the model diverged or the precision "
-                "overflows: lower the learning rate, or evaluate in bf16 or fp32"
+                f"overflows: {LOWER_THE_RATE}, or evaluate in bf16 or fp32"
             )
         scores = self.scores
         if ranking == "per_char" and self.chars:

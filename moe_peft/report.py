@@ -15,6 +15,7 @@ from moe_peft.data.tasks import TaskSpec
 from moe_peft.metrics import Row, score_row
 from moe_peft.paired_metrics import paired_difference
 from moe_peft.predictions import Prediction, Ranking
+from moe_peft.writing import as_markdown
 
 ROWS = ("base", "majority", "model")
 MISSING = "n/a"
@@ -179,13 +180,13 @@ class Report:
         """The content of results.md."""
         facts = self.facts
         header = ["", *self._header(), "mean"]
-        table = [header, ["---"] * len(header), *([self._label(name), *self._cells(name)] for name in ROWS)]
+        table = [header, *([self._label(name), *self._cells(name)] for name in ROWS)]
         wall = "unknown" if facts.wall_seconds is None else f"{facts.wall_seconds:.0f} s"
         return "\n".join(
             [
                 f"# {facts.method} on {facts.backbone.get('name', 'unknown backbone')}",
                 "",
-                *("| " + " | ".join(cells) + " |" for cells in table),
+                *as_markdown(table),
                 "",
                 "Points (100 is perfect) ± one standard error; the mean is over tasks.",
                 "",

@@ -8,6 +8,7 @@ from moe_peft.agreement import from_all_ranks
 from moe_peft.checkpoint import check_adapter_state, describe, first_not_finite, refuse_foreign
 from moe_peft.methods.merging import merged_layers
 from moe_peft.methods.training import Part
+from moe_peft.optim import LOWER_THE_RATE
 from moe_peft.sharding import like, local
 
 
@@ -30,8 +31,8 @@ class AdapterSaving(Part):
         bad = [name for name in from_all_ranks(first_not_finite(own)) if name is not None]
         if bad:
             raise ValueError(
-                f"this step's {bad[0]} holds values that are not finite; nothing is saved; resume from the last "
-                "checkpoint, with a lower learning rate"
+                f"this step's {bad[0]} holds values that are not finite; nothing is saved; {LOWER_THE_RATE}, and "
+                "resume from the last checkpoint"
             )
         checkpoint["moe_peft"] = describe(self._module())
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_peft.agreement import from_all_ranks
 from moe_peft.batch import Batch
 from moe_peft.methods.step_facts import StepFacts, pack
-from moe_peft.optim import WarmupDecay, optimizer_groups, parameter_groups
+from moe_peft.optim import LOWER_THE_RATE, WarmupDecay, optimizer_groups, parameter_groups
 from moe_peft.sharding import local
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def not_finite(module: "MultitaskModule", loss: Tensor, batch: Batch) -> str:
     own = sorted({module.specs[task].name for task in batch["task_id"].tolist()}), batch["row_id"], loss.item()
     bad = [found for found in from_all_ranks(own) if not math.isfinite(found[2])]
     rows = "; ".join(f"{value} for rows {', '.join(ids)} of {', '.join(names)}" for names, ids, value in bad)
-    return f"{rows or 'on no rank alone'}; lower the learning rate, and resume from the last checkpoint"
+    return f"{rows or 'on no rank alone'}; {LOWER_THE_RATE}, and resume from the last checkpoint"
 
 
 def task_loss(module: "MultitaskModule", batch: Batch) -> Tensor:

@@ -18,12 +18,11 @@ from typing import Any
 from moe_peft.callbacks.costs import FILE as COSTS
 from moe_peft.predictions import Prediction
 from moe_peft.rack.contest import RUNS, Contest, fits_of
-from moe_peft.rack.fits import ABOUT, DECIDED, OVERLAY, Fit
+from moe_peft.rack.fits import ABOUT, DECIDED, OVERLAY, RESULTS, Fit
 from moe_peft.rack.lock import locked
 from moe_peft.rack.measures import stored
 from moe_peft.rack.paired import ANSWERS, read_answers
 
-RESULTS = "results.json"
 KEPT = ("config.yaml", OVERLAY, DECIDED, COSTS, "metrics.csv", "routing/summary.csv")
 """Files that are kept as they are, where a fit has them."""
 NEEDED = ("config.yaml", COSTS, RESULTS, ANSWERS)

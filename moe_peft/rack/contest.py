@@ -30,25 +30,37 @@ class Contest(NamedTuple):
         """Returns one of a row's fits."""
         rated = "" if rate is None else f"-lr{rate:g}"
         name = f"seed{seed}{rated}-{digest(row, seed, rate)[:8]}"
-        return Fit(row, seed, rate, self.comparison.out / RUNS / slug(row.tag) / name, self.more)
+        runs = self.comparison.out / RUNS
+        folder = runs / slug(row.tag) / name
+        if not folder.exists():  # unless its row had another tag
+            folder = next(runs.glob(f"*/{name}"), folder)
+        return Fit(row, seed, rate, folder, self.more)
 
     def tried(self, row: Row) -> list[Fit]:
         """The fits of the first seed, one for every learning rate."""
         return [self.fit(row, self.comparison.seeds[0], rate) for rate in self.comparison.rates or [None]]
 
     def chosen(self, row: Row) -> Fit | None:
-        """The first seed's fit with the best validation; None while one is to be run, or where all have diverged."""
+        """The first seed's fit with the best validation; None while one is to be run, or where all have diverged.
+
+        Where there is no rate to choose, it is the first seed's, however far that is.
+        """
         tried = self.tried(row)
+        if self.comparison.rates is None:
+            return tried[0]
         if not all(fit.finished or fit.failed for fit in tried):
             return None
-        if self.comparison.rates is None:
-            return None if tried[0].failed else tried[0]
         scores = [(score, -at) for at, fit in enumerate(tried) if (score := validation_score(fit)) is not None]
         return tried[-max(scores)[1]] if scores else None
 
     def repeated(self, row: Row, rate: float | None) -> list[Fit]:
         """The fits of all seeds with one learning rate."""
         return [self.fit(row, seed, rate) for seed in self.comparison.seeds]
+
+    def diverged(self, row: Row) -> bool:
+        """Whether all fits of a row have: of every rate, or of every seed where there is no rate to choose."""
+        fits = self.repeated(row, None) if self.comparison.rates is None else self.tried(row)
+        return all(fit.failed for fit in fits)
 
 
 def prepare(file: Path, more: Sequence[str] = ()) -> Contest:
@@ -79,7 +91,7 @@ def prepare(file: Path, more: Sequence[str] = ()) -> Contest:
 
 
 def refuse_unlike(rows: Sequence[Row]) -> None:
-    """Raises one line if rows are of different tasks, bases or rows of tasks, which cannot be compared."""
+    """Raises one line if rows differ in what is compared over: tasks, rows, base, or how options are ranked."""
     first = rows[0]
     for row in rows:
         if row.tasks != first.tasks:
@@ -90,6 +102,11 @@ def refuse_unlike(rows: Sequence[Row]) -> None:
         if row.backbone != first.backbone:
             other = first.base if first.base != row.base else f"{first.base} with other arguments"
             raise ValueError(f"methods: {row.tag} is on {row.base}, {first.tag} on {other}; compare on one base")
+        if row.ranking != first.ranking:
+            raise ValueError(
+                f"methods: {row.tag} ranks options by {row.ranking!r}, {first.tag} by {first.ranking!r}; give all rows "
+                "one model.init_args.ranking"
+            )
         if row.taken != first.taken:
             raise ValueError(
                 f"methods: {row.tag} takes other rows of the tasks than {first.tag}; leave tasks' own arguments and "
@@ -136,6 +153,4 @@ def validation_score(fit: Fit) -> float | None:
 def fits_of(contest: Contest, row: Row) -> list[Fit]:
     """All fits of a row that are known by now."""
     tried, chosen = contest.tried(row), contest.chosen(row)
-    if contest.comparison.rates is None:
-        return contest.repeated(row, None)
     return tried if chosen is None else [*tried, *contest.repeated(row, chosen.rate)[1:]]

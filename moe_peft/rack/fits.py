@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from moe_peft.callbacks.costs import Costs
+from moe_peft.optim import LOWER_THE_RATE
 from moe_peft.rack.commit import commit
 from moe_peft.rack.rows import Row, digest
 from moe_peft.rack.settings import merged
@@ -26,8 +27,8 @@ from moe_peft.writing import write_text
 ABOUT, OVERLAY, DECIDED, LOG = "rack.json", "rack.yaml", "decided.yaml", "rack.log"
 """Beside what a fit writes into its folder: what it is, the configuration laid over its method's and that laid over the
 command line, and all it said."""
-DIVERGED = "not finite"
-"""In the last words of a fit whose learning rate was too high."""
+RESULTS = "results.json"
+"""What the test at its end writes there."""
 
 
 class Fit(NamedTuple):
@@ -118,15 +119,18 @@ class Fit(NamedTuple):
         started = time.monotonic()
         try:
             status = supervised(self.command, log, lock)
-            about["finished"] = status == 0
+            about["finished"] = status == 0 and (self.folder / RESULTS).is_file()
         finally:
             about["seconds"] += time.monotonic() - started
             write_text(self.folder / ABOUT, json.dumps(about, indent=2) + "\n")
-        if status:
-            said = last_words(log, said_before)
-            if DIVERGED not in said:
-                raise ValueError(f"{self.name}: the fit ended with status {status}: {said} (see {log})")
-            write_text(self.folder / ABOUT, json.dumps(about | {"failed": said}, indent=2) + "\n")
+        if about["finished"]:
+            return
+        said = last_words(log, said_before)
+        if not status:
+            raise ValueError(f"{self.name}: the fit ended without a test; leave out what keeps it from one (see {log})")
+        if LOWER_THE_RATE not in said:
+            raise ValueError(f"{self.name}: the fit ended with status {status}: {said} (see {log})")
+        write_text(self.folder / ABOUT, json.dumps(about | {"failed": said}, indent=2) + "\n")
 
 
 def supervised(command: Sequence[str], log: Path, lock: int) -> int:

@@ -19,6 +19,7 @@ from moe_peft.data.tasks import SPLITS
 from moe_peft.reporting.comparison import ASIDE, ASIDE_OF_TRAINER
 
 ASIDE_OF_DATA = ("root", "num_workers")
+ASIDE_OF_CHECKPOINT = ("every_n_train_steps", "every_n_minutes")
 PLACES = ("name", "path", "folder", "checkpoint", "expert_paths")
 """Arguments whose value may be a file or a folder without a slash in its name."""
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -33,12 +34,16 @@ def identity(parsed: Namespace, sources: Sequence[TaskSource]) -> dict[str, Any]
         sources: of its tasks.
     """
     config = {name: value for name, value in parsed.as_dict().items() if name not in ASIDE and name != "config"}
-    aside = (*ASIDE_OF_TRAINER, "log_every_n_steps")
-    config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in aside}
-    arguments = {key: value for key, value in config["data"]["init_args"].items() if key not in ASIDE_OF_DATA}
-    config["data"] = config["data"] | {"init_args": arguments}
+    config["trainer"] = without(config["trainer"], (*ASIDE_OF_TRAINER, "log_every_n_steps"))
+    config["checkpoint"] = without(config["checkpoint"], ASIDE_OF_CHECKPOINT)
+    config["data"] = config["data"] | {"init_args": without(config["data"]["init_args"], ASIDE_OF_DATA)}
     files = [file for source in sources if isinstance(source, TaskFolder) for file in files_of(source)]
     return weighed(config) | {"files": [bytes_of(file) for file in files]}
+
+
+def without(section: Mapping[str, Any], aside: Sequence[str]) -> dict[str, Any]:
+    """A section but for some of its keys."""
+    return {key: value for key, value in section.items() if key not in aside}
 
 
 def files_of(source: TaskFolder) -> list[Path]:

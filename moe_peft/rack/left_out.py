@@ -18,12 +18,12 @@ from moe_peft.callbacks.transfer import TransferFrom
 from moe_peft.messages import arguments_of
 from moe_peft.methods.tt_lora_moe import TTLoRAMoE
 from moe_peft.rack.contest import Contest, Say
-from moe_peft.rack.fits import Fit
+from moe_peft.rack.fits import RESULTS, Fit
 from moe_peft.rack.rows import Row, digest, identity, parse, sources_of
 from moe_peft.rack.settings import merged, slug
 from moe_peft.reporting.files import as_csv
 from moe_peft.reporting.words import many
-from moe_peft.writing import write_text
+from moe_peft.writing import as_markdown, write_text
 
 FOLDER, NAME = "left-out", "left-out"
 
@@ -178,7 +178,9 @@ def write_left_out(contest: Contest, done: list[LeftOut], cannot: dict[str, str]
     settings = contest.comparison.leave_one_out
     assert settings is not None
     lines = [line for own in done for line in lines_of(own, settings.shots)]
-    write_text(out / f"{NAME}.json", json.dumps({"rows": lines, "cannot": cannot}, indent=2) + "\n")
+    diverged = [fit.row.tag for own in done for fit in (own.train, own.zero, own.few) if fit is not None and fit.failed]
+    content = {"rows": lines, "cannot": cannot, "diverged": diverged}
+    write_text(out / f"{NAME}.json", json.dumps(content, indent=2) + "\n")
     header = ["tag", "task", "shots", "score", "stderr", "base", "commits", "run"]
     write_text(out / f"{NAME}.csv", as_csv(header, [[line[name] for name in header] for line in lines]))
     tasks = settings.tasks or contest.rows[0].tasks
@@ -188,16 +190,15 @@ def write_left_out(contest: Contest, done: list[LeftOut], cannot: dict[str, str]
         mean = f"{100 * sum(scores.values()) / len(tasks):.1f}" if len(scores) == len(tasks) else "n/a"
         cells = [f"{100 * scores[task]:.1f}" if task in scores else "n/a" for task in tasks]
         table.append([tag, str(shots), *cells, mean])
-    rule = ["---"] * len(table[0])
     notes = [f"{tag} cannot: {why}." for tag, why in cannot.items()]
+    notes += [f"{tag}: diverged." for tag in diverged]
     notes.append("A classifier has no head for a new task, so that only language models have a score with 0 shots.")
     notes.append(
         "Every learning rate was chosen with all tasks' validation rows, the left-out one's among them; "
         "of the steps on examples, the checkpoint is tested that is best on the left-out task's validation rows."
     )
-    text = ["# Trained on all tasks but one, tested on that one", ""]
-    text += ["| " + " | ".join(cells) + " |" for cells in (table[0], rule, *table[1:])]
-    write_text(out / f"{NAME}.md", "\n".join([*text, "", *(f"- {note}" for note in notes), ""]))
+    text = ["# Trained on all tasks but one, tested on that one", "", *as_markdown(table), ""]
+    write_text(out / f"{NAME}.md", "\n".join([*text, *(f"- {note}" for note in notes), ""]))
 
 
 def lines_of(own: LeftOut, shots: int) -> Iterator[dict[str, Any]]:
@@ -205,7 +206,7 @@ def lines_of(own: LeftOut, shots: int) -> Iterator[dict[str, Any]]:
     for number, fit in ((0, own.zero), (shots, own.few)):
         if fit is None or not fit.finished:
             continue
-        rows = json.loads((fit.folder / "results.json").read_text(encoding="utf-8"))["rows"]
+        rows = json.loads((fit.folder / RESULTS).read_text(encoding="utf-8"))["rows"]
         score, base = rows["model"]["tasks"][own.task], rows["base"]
         yield {
             "tag": own.row.tag,

@@ -44,6 +44,8 @@ class Line(NamedTuple):
     label: str
     """The tag, and what a reader must know who compares: seeds that are missing, a size far from the budget."""
     fits: list[Fit]
+    failed: list[Fit]
+    """Those of the chosen rate that diverged."""
     contestant: Contestant
     tried: list[tuple[Fit, float | None]]
     """The fits of the first seed, with their scores on validation data; None for one that diverged."""
@@ -80,19 +82,24 @@ def measure(contest: Contest) -> list[Line]:
     found: dict[str, list[Fit]] = {}
     for row in contest.rows:
         chosen = contest.chosen(row)
-        if chosen is not None:
-            found[row.tag] = [fit for fit in contest.repeated(row, chosen.rate) if fit.finished]
-    reference = found.get(contest.comparison.reference, [])
-    return [line_of(contest, row, found[row.tag], reference) for row in contest.rows if row.tag in found]
+        found[row.tag] = [] if chosen is None else contest.repeated(row, chosen.rate)
+    finished = {tag: [fit for fit in fits if fit.finished] for tag, fits in found.items()}
+    reference = finished.get(contest.comparison.reference, [])
+    return [
+        line_of(contest, row, finished[row.tag], [fit for fit in found[row.tag] if fit.failed], reference)
+        for row in contest.rows
+        if finished[row.tag]
+    ]
 
 
-def line_of(contest: Contest, row: Row, fits: list[Fit], reference: Sequence[Fit]) -> Line:
+def line_of(contest: Contest, row: Row, fits: list[Fit], failed: list[Fit], reference: Sequence[Fit]) -> Line:
     """Measures one row.
 
     Args:
         contest: whose.
         row: the row.
         fits: its finished ones, with the chosen learning rate.
+        failed: those that diverged with it.
         reference: those of the row to compare with.
     """
     runs = [Run(fit.folder) for fit in fits]
@@ -101,14 +108,15 @@ def line_of(contest: Contest, row: Row, fits: list[Fit], reference: Sequence[Fit
     assert runs[0].results is not None
     return Line(
         row,
-        labelled(contest, row, len(fits)),
+        labelled(contest, row, len(fits), len(failed)),
         fits,
+        failed,
         Contestant(row.tag, runs),
         [(fit, validation_score(fit)) for fit in contest.tried(row)],
         None if row.tag == contest.comparison.reference else against(row, fits, reference, runs[0].results["ranking"]),
         runs[0].results["trainable_parameters"],
         stored(fits[0]),
-        flops_of(runs[0], len(row.sources)),
+        flops_of(runs[0], row),
         (runs[0].config.get("data") or {}).get("init_args", {}).get("batch_size"),
         median(steps) if steps else None,
         max(own["peak_device_bytes"] or own["peak_resident_bytes"] for own in costs),
@@ -116,13 +124,13 @@ def line_of(contest: Contest, row: Row, fits: list[Fit], reference: Sequence[Fit
     )
 
 
-def labelled(contest: Contest, row: Row, seeds: int) -> str:
+def labelled(contest: Contest, row: Row, seeds: int, failed: int) -> str:
     """A row's tag, with what sets it apart in brackets."""
     share = 1.0 if contest.budget is None else row.parameters / contest.budget
     marks = [f"{share:.2g} × the budget"] if not 1 <= share <= FAR else []
-    marks += (
-        [f"{seeds} of {many(len(contest.comparison.seeds), 'seed')}"] if seeds < len(contest.comparison.seeds) else []
-    )
+    asked = len(contest.comparison.seeds)
+    marks += [f"{seeds} of {many(asked, 'seed')}"] if seeds < asked else []
+    marks += [f"{failed} diverged"] if failed else []
     return f"{row.tag} ({', '.join(marks)})" if marks else row.tag
 
 
@@ -151,12 +159,13 @@ def against(row: Row, fits: Sequence[Fit], reference: Sequence[Fit], ranking: Ra
     return paired([source.spec() for source in row.sources], pairs, ranking)
 
 
-def flops_of(run: Run, tasks: int) -> Flops | None:
-    """Counts the FLOPs of a run's model, from its configuration."""
+def flops_of(run: Run, row: Row) -> Flops | None:
+    """Counts the FLOPs of a run's model, from its configuration; the base may have moved since."""
     config = model_parser().parse_object({"model": run.config["model"]})
-    config.model.init_args.backbone.init_args.gradient_checkpointing = False
+    base = config.model.init_args.backbone.init_args
+    base.name, base.gradient_checkpointing = row.base, False
     with torch.random.fork_rng():
-        return forward_flops(build_on_meta(config, tasks))
+        return forward_flops(build_on_meta(config, len(row.sources)))
 
 
 def router_of(runs: Sequence[Run]) -> dict[str, float]:
@@ -190,6 +199,7 @@ def plain(line: Line, tasks: Sequence[str]) -> dict[str, Any]:
             {"run": str(fit.folder), "seed": fit.seed, "commits": fit.about["commits"], "hash": fit.about["hash"]}
             for fit in line.fits
         ],
+        "failed": [{"run": str(fit.folder), "seed": fit.seed, "said": fit.failed} for fit in line.failed],
         "tasks": {task: scored(line.contestant.score(task)) for task in tasks},
         "mean": scored(line.contestant.mean()),
         "paired": None if line.paired is None else line.paired._asdict(),

@@ -41,7 +41,7 @@ def page(
     runs = [run for one in found for run in one.runs]
     head = [
         Raw(f"<h1>{html.text(many(len(lines), 'method'))} compared</h1>"),
-        paragraph(f"{runs[0].base}, {many(len(tasks), 'task')}, {many(len(runs), 'run')}{budget}", "subtitle"),
+        paragraph(f"{contest.rows[0].base}, {many(len(tasks), 'task')}, {many(len(runs), 'run')}{budget}", "subtitle"),
     ]
     files = sentence("Numbers: {}, {} and {}.", code("compare.json"), code("compare.csv"), code("compare.md"))
     sections = [

@@ -15,6 +15,7 @@ from moe_peft.budget import adapter_parameters, class_of, fit_budget
 from moe_peft.data.sources import TaskFolder, TaskSource
 from moe_peft.rack.identity import identity
 from moe_peft.rack.settings import Comparison, Entry, merged
+from moe_peft.trainer_checks import refuse_unsupported
 
 OWN = ("--config", "--ckpt_path", "--seed_everything", "--trainer.default_root_dir")
 """Arguments of the command line that are the comparison's to give."""
@@ -55,6 +56,11 @@ class Row(NamedTuple):
         return own | {"init_args": {name: value for name, value in own["init_args"].items() if name not in SPEED}}
 
     @property
+    def ranking(self) -> str:
+        """How options are ranked."""
+        return self.identity["model"]["init_args"]["ranking"]
+
+    @property
     def taken(self) -> tuple:
         """What decides which rows of the tasks are taken, and tested: the tasks' own arguments, and the limit."""
         data, limit = self.identity["data"]["init_args"], self.identity["trainer"].get("limit_test_batches")
@@ -71,12 +77,15 @@ def resolve(comparison: Comparison, entry: Entry, budget: int | None, more: Sequ
         more: further arguments of the command line, each in one word.
 
     Raises:
-        ValueError: a budget that the method cannot have, or no such tasks.
+        ValueError: a budget that the method cannot have, no such tasks, a batch that the sampling cannot fill from
+            them, or a trainer that would train something else.
     """
     files = (comparison.base, comparison.data, entry.file)
     overlay, decided = merged(comparison.common, entry.overlay), {}
     parsed = parse(files, overlay, more)
     sources = sources_of(parsed)
+    refuse_unsupported(parsed.trainer)
+    refuse_unmixable(parsed, sources)
     method = class_of(parsed.model.class_path)
     if budget is None or not entry.sized or not method.sized_by:
         parameters = adapter_parameters(parsed, len(sources))
@@ -123,7 +132,7 @@ def in_one_word(more: Sequence[str]) -> tuple[str, ...]:
 
 def refuse_without_choice(parsed: Namespace) -> None:
     """Raises one line if there is no learning rate to choose, or nothing to choose it by."""
-    if "lr" not in rate_of(parsed):
+    if "lr" not in given_to(parsed.model.init_args.optimizer):
         raise ValueError("there is no optimizer whose rate could be chosen; add model.init_args.optimizer")
     monitor, mode = parsed.checkpoint.monitor, parsed.checkpoint.mode
     if (monitor, mode) != (MONITOR, "max"):
@@ -131,6 +140,15 @@ def refuse_without_choice(parsed: Namespace) -> None:
             f"checkpoint.monitor: {monitor!r} ({mode}) does not tell which learning rate is the best; use {MONITOR} "
             "(max), or leave learning_rates out"
         )
+
+
+def refuse_unmixable(parsed: Namespace, sources: Sequence[TaskSource]) -> None:
+    """Raises one line if the sampling cannot fill a batch from the tasks; no row is read for it."""
+    data = parsed.data.init_args
+    if data.sampling is not None:
+        names = [source.spec().name for source in sources]
+        sampling = class_of(data.sampling.class_path)(**given_to(data.sampling))
+        sampling.plan(names, [1] * len(names), data.batch_size, steps=1, seed=0, epoch=0)
 
 
 @contextmanager
@@ -142,10 +160,9 @@ def written(config: dict[str, Any]) -> Iterator[str]:
         yield file.name
 
 
-def rate_of(parsed: Namespace) -> dict[str, Any]:
-    """The optimizer's own arguments."""
-    optimizer = parsed.model.init_args.optimizer
-    return dict(getattr(optimizer, "init_args", None) or {})
+def given_to(subclass: Namespace | None) -> dict[str, Any]:
+    """The arguments of a class that is named in a configuration; it may have none."""
+    return dict(getattr(subclass, "init_args", None) or {})
 
 
 def sources_of(parsed: Namespace) -> list[TaskSource]:

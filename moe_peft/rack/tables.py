@@ -7,11 +7,11 @@ from pathlib import Path
 from moe_peft.rack.contest import Contest
 from moe_peft.rack.measures import ROUTER, Line, measure, plain, standard_error, tried
 from moe_peft.rack.page import page
-from moe_peft.reporting.comparison import Spread, check_alike, references
+from moe_peft.reporting.comparison import Spread, check_scores, references
 from moe_peft.reporting.drawing import drawing
 from moe_peft.reporting.files import as_csv, write_page
 from moe_peft.reporting.words import many
-from moe_peft.writing import write_text
+from moe_peft.writing import as_markdown, write_text
 
 NAME = "compare"
 MANY = 10
@@ -55,13 +55,13 @@ def write_tables(contest: Contest, out: Path) -> Path:
             "methods: no row's learning rate is chosen yet; wait for its fits, or give lower learning_rates where they "
             "diverged"
         )
-    check_alike(runs)
+    check_scores(runs)
     tasks = contest.rows[0].tasks
     left = [row for row in contest.rows if row.tag not in [line.row.tag for line in lines]]
-    diverged = [row.tag for row in left if all(fit.failed for fit in contest.tried(row))]
+    diverged = [row.tag for row in left if contest.diverged(row)]
     missing = [row.tag for row in left if row.tag not in diverged]
     content = {
-        "base": runs[0].base,
+        "base": contest.rows[0].base,
         "tasks": tasks,
         "budget": contest.budget,
         "reference": contest.comparison.reference,
@@ -77,9 +77,11 @@ def write_tables(contest: Contest, out: Path) -> Path:
     write_text(out / f"{NAME}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     write_text(out / f"{NAME}.csv", as_csv(*wide_table(lines, tasks)))
     ranked = sorted(lines, key=lambda line: -(own.mean if (own := line.contestant.mean()) else 0.0))
-    write_text(out / f"{NAME}.md", markdown(contest, ranked, tasks, diverged, missing))
+    absent = (("Diverged at every rate", diverged), ("Not run yet", missing))
+    notes = [*notes_of(contest), *(f"{what}: {', '.join(tags)}." for what, tags in absent if tags)]
+    write_text(out / f"{NAME}.md", markdown(contest, ranked, tasks, notes))
     with drawing():
-        text, pictures = page(contest, ranked, tasks, notes_of(contest))
+        text, pictures = page(contest, ranked, tasks, notes)
     return write_page(out / f"{NAME}.html", text, pictures)
 
 
@@ -128,9 +130,7 @@ def gain(line: Line) -> str:
     return "" if line.paired is None else f"{100 * line.paired.difference:+.1f} ±{100 * line.paired.stderr:.1f}"
 
 
-def markdown(
-    contest: Contest, lines: Sequence[Line], tasks: Sequence[str], diverged: Sequence[str], missing: Sequence[str]
-) -> str:
+def markdown(contest: Contest, lines: Sequence[Line], tasks: Sequence[str], notes: Sequence[str]) -> str:
     """The content of compare.md: scores, costs, and where every row comes from."""
     runs = [run for line in lines for run in line.contestant.runs]
     against = f"against {contest.comparison.reference}"
@@ -157,11 +157,9 @@ def markdown(
         folders = ", ".join(f"`{fit.folder}`" for fit in line.fits)
         origins.append([line.row.tag, rate, tried(line), config, ", ".join(line.commits), folders])
     budget = "none" if contest.budget is None else f"{contest.budget:,} adapter parameters"
-    absent = (("Diverged at every rate", diverged), ("Not run yet", missing))
-    notes = [*notes_of(contest), *(f"{what}: {', '.join(tags)}." for what, tags in absent if tags)]
     return "\n".join(
         [
-            f"# {len(lines)} methods on {runs[0].base}",
+            f"# {len(lines)} methods on {contest.rows[0].base}",
             "",
             f"Budget: {budget}. Seeds: {', '.join(map(str, contest.comparison.seeds))}.",
             "",
@@ -170,9 +168,3 @@ def markdown(
             "",
         ]
     )
-
-
-def as_markdown(table: Sequence[Sequence[str]]) -> list[str]:
-    """A table's lines; the first row is its header."""
-    rule = ["---"] * len(table[0])
-    return ["| " + " | ".join(cells) + " |" for cells in (table[0], rule, *table[1:])]

@@ -71,7 +71,7 @@ def contestants(runs: Sequence[Run]) -> list[Contestant]:
 
 
 def check_alike(runs: Sequence[Run]) -> None:
-    """Refuses what cannot be compared.
+    """Refuses what cannot be compared: a run with itself, other bases, or what `check_scores` refuses.
 
     Raises:
         ValueError: one line that names two runs and their difference.
@@ -81,15 +81,25 @@ def check_alike(runs: Sequence[Run]) -> None:
         other = seen.setdefault(str(run.folder.resolve()), run)
         if other is not run:
             raise ValueError(f"runs: '{run.folder}' is given twice; name every run once")
-    first = next((run for run in runs if run.scores), runs[0])
+    first = runs[0]
     for run in runs:
         if run.base != first.base:
             raise ValueError(
                 f"runs: '{run.folder}' is on base {run.base!r}, '{first.folder}' on {first.base!r}; compare runs of "
                 "one base"
             )
-        if not run.scores:
-            continue
+    check_scores(runs)
+
+
+def check_scores(runs: Sequence[Run]) -> None:
+    """Refuses scores that cannot be compared: of other tasks, by other metrics, or on other rows.
+
+    Raises:
+        ValueError: one line that names two runs and their difference.
+    """
+    scored = [run for run in runs if run.scores]
+    for run in scored:
+        first = scored[0]
         if set(run.scores) != set(first.scores):
             raise ValueError(
                 f"runs: '{run.folder}' has the tasks {', '.join(run.scores)}, '{first.folder}' has "

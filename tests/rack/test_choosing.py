@@ -125,6 +125,37 @@ def test_the_plan_has_no_seeds_for_what_diverged_and_counts_what_leaves_a_task_o
     assert lines[2:] == ["0 fits to run, about 0 s", "leave-one-out: 12 fits in all for 2 rows, after these"]
 
 
+def test_a_row_with_another_tag_finds_its_fits(rack, pretend):
+    fits = pretend(alike)
+    finish(rack.write(["lora"]))
+    finish(rack.write([{"method": "lora", "tag": "mine"}]))
+    assert fits.done == [("lora", 0, None)]
+
+
+@pytest.mark.parametrize(
+    ("said", "diverged"),
+    [
+        ("row 'tone/3': scores=(nan, nan) have no best option; the model diverged: lower the learning rate, or", True),
+        ("step 0: model.a got a gradient that is not finite; give the backbone a dtype of wider range", False),
+        ("checkpoint: the values of q_proj are not finite; use one from before they came", False),
+    ],
+)
+def test_only_what_a_lower_rate_mends_has_diverged(rack, monkeypatch, said, diverged):
+    from moe_peft.rack import fits
+
+    def end(command, log, lock):
+        log.write_text(f"error: {said}\n")
+        return 2
+
+    monkeypatch.setattr(fits, "supervised", end)
+    file = rack.write(["lora"], learning_rates=[0.1])
+    if diverged:
+        assert f"diverged: {said}" in finish(file)[0]
+        return
+    with pytest.raises(ValueError, match="the fit ended with status 2"):
+        finish(file)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -162,6 +193,18 @@ def test_the_plan_has_no_seeds_for_what_diverged_and_counts_what_leaves_a_task_o
         (
             {"methods": ["lora", {"method": "trex", "trainer": {"limit_test_batches": 1}}]},
             "methods: trex takes other rows of the tasks than lora; leave tasks' own arguments and ",
+        ),
+        (
+            {"methods": ["lora", {"method": "trex", "model": {"init_args": {"ranking": "per_char"}}}]},
+            "methods: trex ranks options by 'per_char', lora by 'sum'; give all rows one model.init_args.ranking",
+        ),
+        (
+            {"common": {"data": {"init_args": {"sampling": {"class_path": "EqualRows"}, "batch_size": 7}}}},
+            "methods: lora: batch_size=7 cannot hold equally many rows of 2 tasks; use 6 or 8.",
+        ),
+        (
+            {"common": {"trainer": {"precision": "16-true"}}},
+            "methods: lora: trainer.precision: '16-true' would store the adapters in half precision",
         ),
         (
             {"leave_one_out": {"overlay": {"trainer": {"max_stepz": 5}}}},

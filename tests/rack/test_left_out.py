@@ -47,6 +47,13 @@ def test_a_task_is_left_out_and_then_shown(rack, in_process, world):
     assert commands == 4 + 3 * 3
     compare(prepare(file))
     assert len(in_process.commands) == commands
+    (about,) = rack.out.glob("left-out/lora/next-2-shot-*/rack.json")
+    diverged = json.loads(about.read_text()) | {"finished": False, "failed": "the loss is not finite"}
+    about.write_text(json.dumps(diverged))
+    compare(prepare(file))
+    content = json.loads((rack.out / "left-out.json").read_text())
+    assert content["diverged"] == ["lora, next-2-shot"] and len(content["rows"]) == 5
+    assert "- lora, next-2-shot: diverged." in (rack.out / "left-out.md").read_text()
 
 
 def test_experts_of_tasks_serve_no_other_task(rack, world):

@@ -3,12 +3,14 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import yaml
 
 from moe_peft.rack import fits
 from moe_peft.rack.command import compare
@@ -236,8 +238,54 @@ def test_a_row_says_what_sets_it_apart(rack, in_process):
     compare_again = prepare(rack.write(methods, budget=6000, seeds=[0, 1]))
     write_tables(compare_again, rack.out)
     content = json.loads((rack.out / "compare.json").read_text())
+    assert all("Not run yet" not in (rack.out / f"compare.{kind}").read_text() for kind in ("md", "html"))
     share = content["rows"][1]["adapter_parameters"] / 6000
     text = (rack.out / "compare.md").read_text()
     assert share < 0.95 and f"| trex ({share:.2g} × the budget, 1 of 2 seeds) |" in text
     assert "| lora (1 of 2 seeds) |" in text and "A standard error over 2 seeds is itself uncertain" in text
     assert content["rows"][0]["step_rows"] == 8 and "chosen on validation" not in text
+
+
+def test_what_is_not_there_is_named_on_every_page(rack, in_process):
+    compare(prepare(rack.write(["lora"])))
+    write_tables(prepare(rack.write(["lora", "trex"])), rack.out)
+    assert json.loads((rack.out / "compare.json").read_text())["missing"] == ["trex"]
+    assert all("Not run yet: trex." in (rack.out / f"compare.{kind}").read_text() for kind in ("md", "html"))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_seed_that_diverged_is_named_and_the_others_count(rack, in_process, seed):
+    file = rack.write(["lora", "trex"], seeds=[0, 1])
+    compare(prepare(file))
+    (about,) = rack.out.glob(f"runs/trex/seed{seed}-*/rack.json")
+    content = json.loads(about.read_text())
+    about.write_text(json.dumps(content | {"finished": False, "failed": "the loss is not finite"}))
+    compare(prepare(file))
+    assert len(in_process.commands) == 4
+    row = json.loads((rack.out / "compare.json").read_text())["rows"][1]
+    assert row["failed"] == [{"run": str(about.parent), "seed": seed, "said": "the loss is not finite"}]
+    assert [own["seed"] for own in row["runs"]] == [1 - seed] and len(row["mean"]["values"]) == 1
+    shown = [(rack.out / f"compare.{kind}").read_text() for kind in ("md", "html")]
+    assert all("trex (1 of 2 seeds, 1 diverged)" in text for text in shown)
+
+
+def test_a_comparison_goes_on_where_its_base_has_moved(rack, in_process, world):
+    base, place = yaml.safe_load(rack.base.read_text()), rack.root / "bases" / "tiny"
+    shutil.copytree(world.backbones["causal"], place)
+    base["model"]["init_args"]["backbone"]["init_args"]["name"] = str(place)
+    world.write(rack.base, base)
+    compare(prepare(rack.write(["lora"])))
+    moved = place.rename(rack.root / "moved")
+    base["model"]["init_args"]["backbone"]["init_args"]["name"] = str(moved)
+    world.write(rack.base, base)
+    compare(prepare(rack.write(["lora", "trex"])))
+    content = json.loads((rack.out / "compare.json").read_text())
+    assert len(in_process.commands) == 2 and content["base"] == str(moved)
+    assert all(row["flops_per_token"]["adapters"] > 0 for row in content["rows"])
+
+
+def test_a_fit_that_tests_nothing_is_not_finished(rack, in_process):
+    with pytest.raises(ValueError, match="lora, seed 0: the fit ended without a test; leave out what keeps it from on"):
+        compare(prepare(rack.write(["lora"]), ["--trainer.fast_dev_run=true"]))
+    (about,) = rack.out.glob("runs/lora/*/rack.json")
+    assert json.loads(about.read_text())["finished"] is False

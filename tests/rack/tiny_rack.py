@@ -118,7 +118,7 @@ class Pretended:
         self.done.append(place)
         found = self.scores(*place)
         if found is None:
-            log.write_text("error: the loss is not finite at step 3: task tone\n")
+            log.write_text("error: the loss is not finite at step 3: task tone; lower the learning rate\n")
             return 2
         ToyRun(log.parent, "LoRA", about["tasks"], seed=about["seed"]).write()
         content = json.loads((log.parent / "results.json").read_text())
