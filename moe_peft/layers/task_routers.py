@@ -12,7 +12,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import RelaxedBernoulli
+from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 
 from moe_peft.context import Routing, RoutingContext
 from moe_peft.kernels.reference import Core, Gate, Tall
@@ -120,8 +120,9 @@ class SkillRouter(Router):
             drawn: sample around the sigmoids, for every entry of `tasks` anew, from torch's own generator.
         """
         logits = self.logits[tasks].unflatten(-1, (self.splits, -1))
-        around = RelaxedBernoulli(logits.new_ones(()), logits=logits, validate_args=False)
-        z = around.rsample() if drawn else logits.sigmoid()
+        if drawn:  # RelaxedBernoulli itself would look at the values, whatever it is told
+            logits = LogitRelaxedBernoulli(logits.new_ones(()), logits=logits, validate_args=False).rsample()
+        z = logits.sigmoid()
         return z / (z.sum(-1, keepdim=True) + 1e-12)
 
     def static_core(self, task: int) -> None:

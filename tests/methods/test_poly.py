@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.distributions import Distribution, RelaxedBernoulli
 
+from moe_peft.layers.task_routers import SkillRouter
 from moe_peft.methods.poly import Poly
 from moe_peft.methods.scoring import position_ids
 from tests.methods.tiny_tasks import agrees, alive_layer, by_row, gradients
@@ -117,3 +120,16 @@ def test_the_routing_is_shown_skill_by_skill():
     assert weights.shape == (4, 1, 3)
     expected = layer.router.weights(batch["task_id"], drawn=False).mean(1, keepdim=True)
     torch.testing.assert_close(weights, expected)
+
+
+def test_weights_are_relaxed_bernoulli_draws_and_nobody_looks_at_them(monkeypatch):
+    monkeypatch.setattr(Distribution, "_validate_args", True)
+    router, tasks = SkillRouter(3, 4, 2), torch.tensor([0, 2])
+    torch.nn.init.normal_(router.logits)
+    torch.manual_seed(1)
+    drawn = router.weights(tasks, drawn=True)
+    torch.manual_seed(1)
+    z = RelaxedBernoulli(torch.ones(()), logits=router.logits[tasks].unflatten(-1, (2, -1))).rsample()
+    torch.testing.assert_close(drawn, z / z.sum(-1, keepdim=True))
+    with FakeTensorMode():  # where a look is an error, as it makes a GPU wait
+        assert SkillRouter(3, 4, 2).weights(torch.zeros(2, dtype=torch.long), drawn=True).shape == (2, 2, 4)
