@@ -22,6 +22,7 @@ from moe_peft.call_routing import Prompts
 from moe_peft.held_adapters import DEFAULT, HeldAdapters
 from moe_peft.methods.merging import task_number
 from moe_peft.methods.scoring import pooled_features
+from moe_peft.quirks import past_of
 
 
 class AdaptedModel(HeldAdapters):
@@ -105,10 +106,10 @@ class AdaptedModel(HeldAdapters):
             inputs: token ids [B, S], or input_ids among the other arguments.
             kwargs: of the model's `generate`.
         """
-        ids, cache = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("past_key_values")
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
         causal = not self.model.config.is_encoder_decoder  # type: ignore[union-attr]
         prompts = None
-        if ids is not None and causal and (cache is None or not cache.get_seq_length() > 0):
+        if ids is not None and causal and not past_of(kwargs):
             prompts = Prompts(ids, kwargs.get("attention_mask"))
         with self._calls.generating(prompts):
             return self.model.generate(inputs, **kwargs)  # type: ignore[operator]

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What the installed transformers calls a cache among a model's arguments and outputs: `cache` since 5.24."""
 
 BLOCK_MASKED = {
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2"),
@@ -36,8 +40,8 @@ def input_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor
 
 
 def past_of(kwargs: dict[str, Any]) -> int:
-    """Returns how many tokens of every row lie in the cache that a model is called with."""
-    cache = kwargs.get("past_key_values")
+    """Returns how many tokens of every row lie in the cache that a model is called with, by either of its names."""
+    cache = next((kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
     return 0 if cache is None else int(cache.get_seq_length())
 
 

@@ -5,6 +5,7 @@ import torch
 
 import moe_peft
 from moe_peft.interop.adapter_folder import write_adapter
+from moe_peft.quirks import CACHE
 from tests.tiny_adapted import GREEDY, PROMPTS, base, exported, padded, plain_linears, spoil
 from tests.tiny_checkpoints import backbones, trained
 
@@ -30,14 +31,14 @@ def test_a_cached_call_under_other_tasks_than_its_prefill_is_refused(backbones, 
     step = {"input_ids": torch.ones(1, 1, dtype=torch.int64)}
     with torch.no_grad():
         with model.routing(tasks="tone"):
-            first = model(**padded(PROMPTS[:1]), use_cache=True).past_key_values
-            model(**step, past_key_values=first)
+            first = model(**padded(PROMPTS[:1]), use_cache=True)[CACHE]
+            model(**step, **{CACHE: first})
         with pytest.raises(ValueError, match="were of tasks tone; prefill again"), model.routing(tasks="mood"):
-            model(**step, past_key_values=first)
+            model(**step, **{CACHE: first})
         with model.routing(tasks="mood"):
             model(**padded(PROMPTS[1:2]))
         with pytest.raises(ValueError, match="were of tasks mood; prefill again"), model.routing(tasks="tone"):
-            model(**step, past_key_values=first)
+            model(**step, **{CACHE: first})
 
 
 def test_a_cache_of_the_bare_model_is_not_routed_as_an_earlier_call(backbones, tmp_path):
@@ -45,9 +46,9 @@ def test_a_cache_of_the_bare_model_is_not_routed_as_an_earlier_call(backbones, t
     with torch.no_grad():
         model(**padded(PROMPTS))
         with model.disable_adapter():
-            cache = model(**padded(PROMPTS[::-1]), use_cache=True).past_key_values
+            cache = model(**padded(PROMPTS[::-1]), use_cache=True)[CACHE]
         with pytest.raises(ValueError, match="without a semantic prior"):
-            model(input_ids=torch.ones(4, 1, dtype=torch.int64), past_key_values=cache)
+            model(input_ids=torch.ones(4, 1, dtype=torch.int64), **{CACHE: cache})
 
 
 def test_a_prompt_mask_of_another_shape_is_refused(backbones, tmp_path):

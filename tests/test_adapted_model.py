@@ -12,6 +12,7 @@ import moe_peft
 from moe_peft.fingerprint import fingerprint
 from moe_peft.interop.adapter_folder import write_adapter
 from moe_peft.methods.scoring import pooled_features
+from moe_peft.quirks import CACHE
 from tests.tiny import output, random_batch
 from tests.tiny_adapted import AUTO, GREEDY, METHODS, NAMES, PROMPTS, TASK_IDS, base, exported, padded
 from tests.tiny_checkpoints import backbones, trained
@@ -83,7 +84,7 @@ def test_beams_with_an_empty_cache_and_drafts_by_lookup_are_routed(backbones, tm
     _, model = exported(backbones, tmp_path / "a", "MoRE")
     with model.routing(tasks=NAMES):
         cache = transformers.DynamicCache(config=model.config)
-        beams = model.generate(**padded(PROMPTS), **GREEDY, num_beams=2, past_key_values=cache)
+        beams = model.generate(**padded(PROMPTS), **GREEDY, num_beams=2, **{CACHE: cache})
         assert torch.equal(beams, model.generate(**padded(PROMPTS), **GREEDY, num_beams=2))
     prompt = padded([[5, 9, 5, 9, 5, 9, 5]])
     with model.routing(tasks="mood"):
@@ -100,7 +101,7 @@ def test_without_tasks_the_prompt_decides_at_every_prefill_and_holds_until_the_n
         first = model(**inputs, use_cache=True)
         decided = model.active.context.get(fact, 4).clone()
         step = {"input_ids": first.logits[:, -1:].argmax(-1), "attention_mask": torch.ones(4, 8, dtype=torch.int64)}
-        model(**step, past_key_values=first.past_key_values)
+        model(**step, **{CACHE: first[CACHE]})
         assert torch.equal(model.active.context.get(fact, 4), decided)
         model(**padded(PROMPTS[::-1]))
         assert not torch.equal(model.active.context.get(fact, 4), decided)
@@ -140,7 +141,7 @@ def test_no_router_reads_padding_whatever_the_cache(backbones, tmp_path, cache):
         if cache == "static":
             more["cache_implementation"] = "static"
         if cache == "given":
-            more["past_key_values"] = transformers.DynamicCache(config=model.config)
+            more[CACHE] = transformers.DynamicCache(config=model.config)
         return model.generate(**padded(prompts), **options, **more).logits[0]
 
     together = first(PROMPTS)

@@ -8,6 +8,7 @@ from torch import nn
 
 import moe_peft
 from moe_peft.interop.adapter_folder import ABOUT, TENSORS, portable, write_adapter
+from moe_peft.quirks import CACHE
 from moe_peft.runs import load_module
 from tests.tiny import output, random_batch
 from tests.tiny_adapted import NAMES, PROMPTS, base, exported, padded, plain_linears, spoil
@@ -36,7 +37,7 @@ def test_several_adapters_are_held_switched_and_taken_off(backbones, tmp_path):
         with both.disable_adapter():
             prefilled = both(**padded(PROMPTS), use_cache=True)
         with pytest.raises(ValueError, match="MoRE routes by task"):  # facts of before the switch are not these rows'
-            both(input_ids=torch.ones(4, 1, dtype=torch.int64), past_key_values=prefilled.past_key_values)
+            both(input_ids=torch.ones(4, 1, dtype=torch.int64), **{CACHE: prefilled[CACHE]})
         both.set_adapter(None)
         assert torch.equal(both(**padded(PROMPTS)).logits, bare)
         both.delete_adapter("more")

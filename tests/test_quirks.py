@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import DynamicCache
 
 from moe_peft import quirks
 from moe_peft.methods.trex import TRex
@@ -42,3 +43,11 @@ def test_offloading_moves_every_blocks_input_and_changes_no_gradient(monkeypatch
 def test_offloading_without_recomputation_is_refused():
     with pytest.raises(ValueError, match="offload_activations needs gradient_checkpointing: true"):
         tiny_backbone(offload_activations=True)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_tokens_in_a_cache_are_counted_by_either_of_its_names(name):
+    cache = DynamicCache()
+    assert quirks.past_of({}) == quirks.past_of({name: None}) == quirks.past_of({name: cache}) == 0
+    cache.update(torch.zeros(2, 1, 5, 4), torch.zeros(2, 1, 5, 4), 0)
+    assert quirks.past_of({"cache": None, "past_key_values": None} | {name: cache}) == 5

@@ -15,6 +15,7 @@ from moe_peft.benchmark.rivals import HAS_PEFT
 from moe_peft.benchmark.timing import Variant, clock_of, interleave, summary
 from moe_peft.layers.injection import find_linears
 from moe_peft.methods.base import MultitaskModule
+from moe_peft.quirks import CACHE
 
 BARE, EAGER, MERGED = "bare base", f"eager LoRA r={RANK}", f"{OWN}, merged"
 TOKENS = 8
@@ -53,13 +54,13 @@ class Decoder(NamedTuple):
     def prefill(self, ids: Tensor) -> Any:
         """Returns the cache after the prompts [B, S]."""
         self.begin()
-        return self.model(input_ids=ids, use_cache=True).past_key_values
+        return self.model(input_ids=ids, use_cache=True)[CACHE]
 
     def decode(self, cache: Any, last: Tensor) -> list[Tensor]:
         """Decodes greedily from the last prompt token [B, 1] on; leaves the cache as it was. Returns the logits."""
         logits = []
         for _ in range(TOKENS):
-            logits.append(self.model(input_ids=last, past_key_values=cache, use_cache=True).logits[:, -1])
+            logits.append(self.model(input_ids=last, use_cache=True, **{CACHE: cache}).logits[:, -1])
             last = logits[-1].argmax(-1, keepdim=True)
         cache.crop(-TOKENS)
         return logits

@@ -7,6 +7,7 @@ from moe_peft.layers.routers import Router
 from moe_peft.methods.lora import LoRA
 from moe_peft.methods.more import MoRE
 from moe_peft.methods.trex import TRex
+from moe_peft.quirks import CACHE
 from tests.tiny import build, come_alive, output, random_batch
 
 METHODS = {
@@ -75,13 +76,11 @@ def test_decoding_with_a_cache_on_ready_factors_gives_the_logits_of_the_whole_te
     more = torch.randint(3, 50, (len(ids), 3), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         module.begin(batch)
-        past = module.model(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
+        past = module.model(input_ids=ids, attention_mask=mask, use_cache=True)[CACHE]
         steps = []
         for at in range(3):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            step = module.model(
-                input_ids=more[:, at : at + 1], attention_mask=mask, past_key_values=past, use_cache=True
-            )
+            step = module.model(input_ids=more[:, at : at + 1], attention_mask=mask, **{CACHE: past}, use_cache=True)
             steps.append(step.logits)
         module.begin(batch)
         whole = module.model(input_ids=torch.cat([ids, more], 1), attention_mask=mask).logits[:, -3:]
