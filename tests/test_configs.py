@@ -10,7 +10,7 @@ import yaml
 from moe_peft.cli import CLI, run
 from moe_peft.counting import METHODS
 from moe_peft.data.tasks import SPLITS
-from moe_peft.rack.contest import prepare
+from moe_peft.rack.preparing import prepare
 from moe_peft.rack.settings import read_comparison
 from tests.data.toys import class_rows, write_task
 

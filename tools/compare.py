@@ -41,7 +41,7 @@ def done(given: Namespace, more: list[str]) -> str:
     """Does what was asked for; returns what there is to say at the end."""
     from moe_peft.rack.archive import pack, unpack
     from moe_peft.rack.command import compare, plan
-    from moe_peft.rack.contest import prepare
+    from moe_peft.rack.preparing import prepare
     from moe_peft.rack.tables import write_tables
     from moe_peft.reporting.words import many
 

@@ -101,9 +101,29 @@ class Fit(NamedTuple):
         rate = {} if self.rate is None else {"model": {"init_args": {"optimizer": {"init_args": {"lr": self.rate}}}}}
         for name, content in ((OVERLAY, self.row.overlay), (DECIDED, merged(self.row.decided, rate))):
             write_text(self.folder / name, yaml.safe_dump(content, sort_keys=False))
-        before, log = self.about, self.folder / LOG
+        about, log = self._begun(), self.folder / LOG
         said_before = log.stat().st_size if log.is_file() else 0
-        about = {
+        self._note(about)
+        started = time.monotonic()
+        try:
+            status = supervised(self.command, log, lock)
+            about["finished"] = status == 0 and (self.folder / RESULTS).is_file()
+        finally:
+            about["seconds"] += time.monotonic() - started
+            self._note(about)
+        if about["finished"]:
+            return
+        said = last_words(log, said_before)
+        if not status:
+            raise ValueError(f"{self.name}: the fit ended without a test; leave out what keeps it from one (see {log})")
+        if LOWER_THE_RATE not in said:
+            raise ValueError(f"{self.name}: the fit ended with status {status}: {said} (see {log})")
+        self._note(about | {"failed": said})
+
+    def _begun(self) -> dict[str, Any]:
+        """What is to be known of the fit while it runs; it may go on from where it broke off."""
+        before = self.about
+        return {
             "tag": self.row.tag,
             "method": self.row.method,
             "seed": self.seed,
@@ -115,22 +135,9 @@ class Fit(NamedTuple):
             "command": self.command,
             "seconds": before.get("seconds", 0.0),
         }
+
+    def _note(self, about: dict[str, Any]) -> None:
         write_text(self.folder / ABOUT, json.dumps(about, indent=2) + "\n")
-        started = time.monotonic()
-        try:
-            status = supervised(self.command, log, lock)
-            about["finished"] = status == 0 and (self.folder / RESULTS).is_file()
-        finally:
-            about["seconds"] += time.monotonic() - started
-            write_text(self.folder / ABOUT, json.dumps(about, indent=2) + "\n")
-        if about["finished"]:
-            return
-        said = last_words(log, said_before)
-        if not status:
-            raise ValueError(f"{self.name}: the fit ended without a test; leave out what keeps it from one (see {log})")
-        if LOWER_THE_RATE not in said:
-            raise ValueError(f"{self.name}: the fit ended with status {status}: {said} (see {log})")
-        write_text(self.folder / ABOUT, json.dumps(about | {"failed": said}, indent=2) + "\n")
 
 
 def supervised(command: Sequence[str], log: Path, lock: int) -> int:

@@ -19,7 +19,8 @@ from moe_peft.messages import arguments_of
 from moe_peft.methods.tt_lora_moe import TTLoRAMoE
 from moe_peft.rack.contest import Contest, Say
 from moe_peft.rack.fits import RESULTS, Fit
-from moe_peft.rack.rows import Row, digest, identity, parse, sources_of
+from moe_peft.rack.identity import identity
+from moe_peft.rack.rows import Row, digest, parse, sources_of
 from moe_peft.rack.settings import merged, slug
 from moe_peft.reporting.files import as_csv
 from moe_peft.reporting.words import many

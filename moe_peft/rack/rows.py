@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 
 from moe_peft.budget import adapter_parameters, class_of, fit_budget
 from moe_peft.data.sources import TaskFolder, TaskSource
+from moe_peft.memory import run_parser
 from moe_peft.rack.identity import identity
 from moe_peft.rack.settings import Comparison, Entry, merged
 from moe_peft.trainer_checks import refuse_unsupported
@@ -104,8 +105,6 @@ def parse(
     files: Sequence[Path], overlay: dict[str, Any], more: Sequence[str], decided: dict[str, Any] | None = None
 ) -> Namespace:
     """Parses a run's model, data, trainer and checkpoint sections as `fit` will, the last argument on top."""
-    from moe_peft.memory import run_parser
-
     with written(overlay) as laid, written(decided or {}) as last:
         below = [f"--config={file}" for file in (*files, laid)]
         return run_parser().parse_args([*below, *more, f"--config={last}"])

@@ -10,6 +10,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from moe_peft.budget import config_file, config_names
+from moe_peft.messages import arguments_of
 
 SECTIONS = ("model", "data", "trainer", "checkpoint", "results", "predictions")
 """Sections of a configuration that a comparison may lay over the methods' files."""
@@ -120,8 +121,6 @@ def read_comparison(file: Path) -> Comparison:
     """
     if not file.is_file():
         raise ValueError(f"comparison: there is no file '{file}'; see configs/compare")
-    from moe_peft.messages import arguments_of
-
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Comparison, "comparison")
     try:

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from moe_peft.rack.command import compare
-from moe_peft.rack.contest import prepare
+from moe_peft.rack.preparing import prepare
 from tests.rack.tiny_rack import in_process, rack
 from tests.tiny_runs import files, world
 

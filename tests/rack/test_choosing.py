@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from moe_peft.rack.command import plan, run_missing
-from moe_peft.rack.contest import prepare
+from moe_peft.rack.preparing import prepare
 from tests.rack.tiny_rack import pretend, rack
 from tests.tiny_runs import world
 

@@ -5,9 +5,9 @@ import sys
 import pytest
 import yaml
 
-from moe_peft.rack.contest import prepare
 from moe_peft.rack.identity import weighed
 from moe_peft.rack.left_out import left_out
+from moe_peft.rack.preparing import prepare
 from moe_peft.rack.rows import digest
 from moe_peft.rack.settings import merged
 from tests.rack.tiny_rack import METHODS, rack

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moe_peft.rack.command import compare
-from moe_peft.rack.contest import prepare
 from moe_peft.rack.left_out import able, left_out
+from moe_peft.rack.preparing import prepare
 from tests.rack.tiny_rack import in_process, rack
 from tests.tiny_runs import world
 

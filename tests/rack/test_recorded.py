@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 import pytest
 
 from moe_peft.rack.archive import unpack
-from moe_peft.rack.contest import prepare
+from moe_peft.rack.preparing import prepare
 from moe_peft.rack.settings import read_comparison
 from moe_peft.rack.tables import write_tables
 from moe_peft.reporting.run import Run

@@ -14,8 +14,8 @@ import yaml
 
 from moe_peft.rack import fits
 from moe_peft.rack.command import compare
-from moe_peft.rack.contest import prepare
 from moe_peft.rack.lock import locked
+from moe_peft.rack.preparing import prepare
 from moe_peft.rack.tables import write_tables
 from moe_peft.reporting.run import Run
 from moe_peft.reporting.theme import SERIES
